@@ -1,0 +1,171 @@
+"""Dense networks to prune: training with SGD, accuracy, and a cache of trained LeNets."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
+
+from benchmarks._data import ImageData, TensorLoader, cache_dir
+from benchmarks._models import LeNet5Caffe, LeNet300100, LeNet500300
+
+EVALUATION_BATCH = 1000
+
+
+def train_dense(
+    model: nn.Module,
+    loader: TensorLoader,
+    epochs: int,
+    lr: float,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    warm_up: float = 0.2,
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    on_epoch: Callable[[int], None] | None = None,
+) -> float:
+    """Trains a network in place by SGD with Nesterov momentum and one cycle of the rate.
+
+    Args:
+        model: Maps images `(N, C, H, W)` to scores `(N, classes)`.
+        loader: The training batches, augmented or not.
+        epochs: Passes over the loader.
+        lr: The largest learning rate: it rises for the first part of the steps, then falls to
+            almost zero along a cosine.
+        momentum: Of SGD.
+        weight_decay: Of SGD, on all parameters.
+        warm_up: The share of the steps in which the rate rises.
+        loss_fn: Scores and labels to a scalar.
+        on_epoch: Called with the number of epochs done after each.
+
+    Returns:
+        Seconds per epoch, `on_epoch` left out.
+    """
+    # On one CPU thread, convolutions train 1.4 times as fast in this format.
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr, momentum=momentum, weight_decay=weight_decay, nesterov=True
+    )
+    schedule = OneCycleLR(
+        optimizer, lr, epochs * len(loader), pct_start=warm_up, cycle_momentum=False
+    )
+    seconds = 0.0
+    for epoch in range(1, epochs + 1):
+        start = time.perf_counter()
+        model.train()
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss_fn(model(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+        seconds += time.perf_counter() - start
+        if on_epoch is not None:
+            on_epoch(epoch)
+    model.to(memory_format=torch.contiguous_format)
+    return seconds / max(epochs, 1)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The share of examples classified correctly, in evaluation mode; the mode is restored.
+
+    Args:
+        model: Maps images to scores `(N, classes)`.
+        loader: Batches of images and labels.
+    """
+    was_training = model.training
+    model.eval()
+    correct = count = 0
+    for images, labels in loader:
+        correct += int((model(images).argmax(1) == labels).sum())
+        count += len(labels)
+    model.train(was_training)
+    return correct / count
+
+
+def test_loader(data: ImageData) -> TensorLoader:
+    """The test images in their order, in batches large enough for evaluation."""
+    return TensorLoader(data.test_images, data.test_labels, EVALUATION_BATCH)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a dense LeNet is trained. Without augmentation, for figures to compare."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    batch_size: int = 128
+
+
+LENETS: dict[str, tuple[type[nn.Module], Recipe]] = {
+    "lenet5": (LeNet5Caffe, Recipe(10, 0.1, 5e-4)),
+    "lenet300100": (LeNet300100, Recipe(10, 0.1, 5e-4)),
+    "lenet500300": (LeNet500300, Recipe(10, 0.1, 5e-4)),
+}
+
+
+def dense_lenet(
+    name: str,
+    seed: int,
+    data: ImageData,
+    cache: str | Path | None = None,
+    *,
+    recipe: Recipe | None = None,
+) -> nn.Module:
+    """A trained dense LeNet in evaluation mode: from the cache if it is there, else trained.
+
+    Args:
+        name: A key of `LENETS`.
+        seed: Of the weights at the start and of the order of the examples.
+        data: MNIST.
+        cache: The folder of the cache; the user's by default.
+        recipe: How to train it; the network's own by default. Weights in the cache that were
+            trained by another recipe or on other data are not used.
+    """
+    if name not in LENETS:
+        raise ValueError(f"no LeNet is named {name!r}; there are {', '.join(LENETS)}")
+    network, own_recipe = LENETS[name]
+    recipe = recipe or own_recipe
+    provenance = {
+        "recipe": json.dumps(asdict(recipe)),
+        "data": f"{data.name} {zlib.crc32(data.train_labels.numpy().tobytes()):08x}",
+    }
+    path = Path(cache or cache_dir()) / f"{name}-seed{seed}.safetensors"
+
+    torch.manual_seed(seed)
+    model = network()
+    if path.exists() and provenance.items() <= _metadata(path).items():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+
+    order = Generator().manual_seed(seed)
+    loader = TensorLoader(
+        data.train_images, data.train_labels, recipe.batch_size, shuffle=True, generator=order
+    )
+    seconds = train_dense(model, loader, recipe.epochs, recipe.lr, weight_decay=recipe.weight_decay)
+    measured = {
+        "test_error": f"{1 - accuracy(model, test_loader(data)):.4f}",
+        "seconds_per_epoch": f"{seconds:.1f}",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.part")
+    save_file(model.state_dict(), aside, provenance | measured)
+    aside.replace(path)
+    return model.eval()
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}

@@ -1,0 +1,49 @@
+"""Every error rbpfx raises on purpose: one base class, one narrow child per cause."""
+
+
+class RbpfxError(Exception):
+    """Base class of all errors that rbpfx raises on purpose."""
+
+
+class CaptureError(RbpfxError):
+    """The model could not be turned into a graph that computes the same function."""
+
+
+class InputError(RbpfxError):
+    """The example inputs, the loader or the loss do not fit the model."""
+
+
+class RuleError(RbpfxError):
+    """An operator rule met, or produced, something that it cannot describe."""
+
+
+class PlanError(RbpfxError):
+    """A pruning plan does not fit the network it is applied to."""
+
+
+class TargetError(RbpfxError):
+    """A target cannot be reached by this network."""
+
+
+class NothingToPruneError(RbpfxError):
+    """The network has no channel that may be removed; the message says why, axis by axis."""
+
+
+class VerificationError(RbpfxError):
+    """The sliced network differs from the masked one: a rule is wrong, the result is not used."""
+
+
+class DivergenceError(RbpfxError):
+    """The loss stopped being a finite number during training.
+
+    Attributes:
+        stage: Name of the group (or phase) that was being trained.
+        step: Optimiser step, counted from the start of the training, at which it was noticed.
+        model: The network restored to the last good state, noise included.
+    """
+
+    def __init__(self, message: str, *, stage: str, step: int, model: object) -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.step = step
+        self.model = model

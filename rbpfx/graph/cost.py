@@ -1,0 +1,30 @@
+"""Cost: multiply-accumulates and parameters, counted on the graph from shapes."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from rbpfx.graph.groups import example_batch
+from rbpfx.graph.rules.base import find_rule
+
+
+def count_macs(gm: fx.GraphModule) -> int:
+    """Multiply-accumulates per example of a graph with metadata.
+
+    Convolutions and linear layers count; a bias, a BatchNorm or an activation does not, as is
+    usual in the pruning literature.
+
+    Args:
+        gm: A graph from `rbpfx.trace` or `rbpfx.rewrite`.
+
+    Returns:
+        MACs for one example of the size that the graph was captured with.
+    """
+    rules = ((node, find_rule(node, gm)) for node in gm.graph.nodes)
+    total = sum(rule.macs(node, gm) for node, rule in rules if rule is not None)
+    return total // example_batch(gm)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, tied ones counted once."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,229 @@
+"""Gates: one sampling node per group, one multiplication at every read.
+
+A *gate* is a module that maps a reference tensor (for the batch size; None for one draw per
+call) to multipliers, `(N, size)` or `(1, size)`. Noise and masks are both gates.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from rbpfx.errors import RbpfxError
+from rbpfx.graph.groups import Analysis, ChannelGroup, example_batch
+from rbpfx.graph.propagation import Read
+from rbpfx.graph.provenance import Atoms
+from rbpfx.graph.rules.base import shape_of
+from rbpfx.graph.slicing import Multipliers
+from rbpfx.plan import PruningPlan
+
+CONTAINER = "channel_gates"
+
+
+class ConstantGate(nn.Module):
+    """The same multipliers for every example.
+
+    Args:
+        multipliers: One per unit, `(size,)`.
+    """
+
+    multipliers: Tensor
+
+    def __init__(self, multipliers: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("multipliers", multipliers.detach().clone())
+
+    def forward(self, reference: Tensor | None) -> Tensor:
+        """The multipliers, `(1, size)`."""
+        return self.multipliers.unsqueeze(0)
+
+
+def insert_gates(
+    gm: fx.GraphModule, analysis: Analysis, gates: Mapping[str, nn.Module]
+) -> fx.GraphModule:
+    """Multiply the channels of groups by the output of their gates, at every read.
+
+    Args:
+        gm: The analysed graph, or a copy of it with other parameter values.
+        analysis: What `rbpfx.analyze` found.
+        gates: Group name -> gate. The gates become submodules of the result.
+
+    Returns:
+        A new graph. Every gate is called once, so all reads of a group see the same draw; it is
+        drawn per example where every read has the examples on axis 0, else once per call.
+    """
+    if hasattr(gm, CONTAINER):
+        raise RbpfxError(f"the network has gates already (submodule {CONTAINER!r})")
+    return _Inserter(copy.deepcopy(gm), analysis, gates).insert()
+
+
+def apply_mask(
+    gm: fx.GraphModule,
+    analysis: Analysis,
+    plan: PruningPlan,
+    *,
+    multipliers: Multipliers | None = None,
+) -> fx.GraphModule:
+    """The reference meaning of a plan: removed units are multiplied by 0 where they are read.
+
+    Args:
+        gm: The analysed graph, or a copy of it with other parameter values.
+        analysis: What `rbpfx.analyze` found.
+        plan: Which units stay.
+        multipliers: Group name -> constants for the units that stay, `(size,)`; 1 by default.
+
+    Returns:
+        A new graph of the original size, equal to what `rbpfx.rewrite` emits.
+
+    Raises:
+        PlanError: The plan does not fit the network.
+    """
+    keep = analysis.keep(plan)
+    multipliers = multipliers or {}
+    gates: dict[str, nn.Module] = {}
+    for name in plan.kept.keys() | multipliers.keys():
+        group = analysis.group(name)
+        mask = torch.from_numpy(keep[group.channels]).to(_dtype(gm))
+        gates[name] = ConstantGate(mask * multipliers[name].to(mask) if name in multipliers else mask)
+    return insert_gates(gm, analysis, gates).to(_device(gm))
+
+
+def channel_multiplier(
+    values: list[Tensor], index: Tensor | None, dim: int, ndim: int
+) -> Tensor:
+    """Lay gate outputs out along the axis that a read contracts.
+
+    Args:
+        values: Outputs of one or several gates, `(N or 1, size)` each.
+        index: Position of every index of the axis in the concatenated outputs, `(axis,)`; the
+            position one behind the last stands for a multiplier of 1. None for the identity.
+        dim: The axis.
+        ndim: Number of axes of the value that is read.
+
+    Returns:
+        Multipliers of shape `(N or 1, 1, ..., axis, ..., 1)`.
+    """
+    if index is None:
+        flat = values[0]
+    else:
+        rows = max(value.shape[0] for value in values)
+        one = values[0].new_ones(1, 1)
+        columns = [value.expand(rows, -1) for value in (*values, one)]
+        flat = torch.cat(columns, dim=1).index_select(1, index)
+    shape = [1] * ndim
+    shape[0] = flat.shape[0]
+    if dim == 0:
+        return flat.reshape([-1] + [1] * (ndim - 1))
+    shape[dim] = flat.shape[1]
+    return flat.reshape(shape)
+
+
+class _Inserter:
+    """One pass that adds the gates and multiplications to a graph."""
+
+    def __init__(
+        self, gm: fx.GraphModule, analysis: Analysis, gates: Mapping[str, nn.Module]
+    ) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.analysis = analysis
+        self.gates = gates
+        # Copies of a graph hold the same nodes in the same order.
+        pairs = zip(analysis.gm.graph.nodes, list(gm.graph.nodes), strict=True)
+        self.twins: dict[fx.Node, fx.Node] = dict(pairs)
+        self.batch = example_batch(gm)
+        self.outputs: dict[int, fx.Node] = {}
+        self.products: dict[Any, fx.Node] = {}
+        self.indices = 0
+
+    def insert(self) -> fx.GraphModule:
+        self.gm.add_module(CONTAINER, nn.Module())
+        container = self.gm.get_submodule(CONTAINER)
+        groups = {self.analysis.group(name): gate for name, gate in self.gates.items()}
+        for index, group in enumerate(self.analysis.groups):
+            if group in groups:
+                name = group.name.replace(".", "_").replace("#", "_")
+                container.add_module(name, groups[group])
+                self.outputs[index] = self._sampling_node(group, f"{CONTAINER}.{name}")
+        for read in self.analysis.reads:
+            self._multiply(read)
+        self.graph.lint()
+        self.gm.recompile()
+        return self.gm
+
+    def _sampling_node(self, group: ChannelGroup, target: str) -> fx.Node:
+        """Call the gate as soon as the inputs of the model are there."""
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        tensors = [n for n in placeholders if getattr(n.meta.get("val"), "ndim", 0) > 0]
+        per_example = bool(tensors) and all(
+            read.dim > 0 and shape_of(read.source)[0] == self.batch for read in group.reads
+        )
+        last = [*placeholders, *self.outputs.values()][-1]
+        with self.graph.inserting_after(last):
+            return self.graph.call_module(target, (tensors[0] if per_example else None,))
+
+    def _multiply(self, read: Read) -> None:
+        node, source = self.twins[read.node], self.twins[read.source]
+        key = (source, read.dim, *(id(atoms) for atoms in read.atoms))
+        if key not in self.products or _modified_in_place(source):
+            value = source
+            with self.graph.inserting_before(node):
+                for atoms in read.atoms:
+                    multiplier = self._multiplier(atoms, read, node)
+                    if multiplier is not None:
+                        value = self.graph.call_function(torch.mul, (value, multiplier))
+            self.products[key] = value
+        if self.products[key] is not source:
+            node.replace_input_with(source, self.products[key])
+
+    def _multiplier(self, atoms: Atoms, read: Read, before: fx.Node) -> fx.Node | None:
+        channels = self.analysis.channel[atoms]
+        owner = self.analysis.group_of[channels]
+        gated = [int(i) for i in np.unique(owner) if int(i) in self.outputs]
+        if not gated:
+            return None
+        sizes = [self.analysis.groups[i].size for i in gated]
+        start = dict(zip(gated, np.cumsum([0, *sizes]).tolist(), strict=False))
+        index = np.full(len(atoms), sum(sizes), dtype=np.int64)
+        for i in gated:
+            index[owner == i] = start[i] + self.analysis.unit_of[channels[owner == i]]
+        identity = len(gated) == 1 and np.array_equal(index, np.arange(sizes[0]))
+        values = [self.outputs[i] for i in gated]
+        ndim = len(shape_of(read.source))
+        buffer = None if identity else self._index_buffer(index)
+        return self.graph.call_function(channel_multiplier, (values, buffer, read.dim, ndim))
+
+    def _index_buffer(self, index: Atoms) -> fx.Node:
+        name = f"index_{self.indices}"
+        self.indices += 1
+        container = self.gm.get_submodule(CONTAINER)
+        container.register_buffer(name, torch.from_numpy(index), persistent=False)
+        return self.graph.get_attr(f"{CONTAINER}.{name}")
+
+
+def _modified_in_place(source: fx.Node) -> bool:
+    """Whether some operator may change the value after it was computed."""
+    for user in source.users:
+        name = str(getattr(user.target, "__name__", user.target))
+        if name.endswith("_") and not name.endswith("__"):
+            return True
+        if user.kwargs.get("inplace") or name in ("iadd", "isub", "imul", "setitem"):
+            return True
+        if user.op == "call_module" and user.graph.owning_module is not None:
+            if getattr(user.graph.owning_module.get_submodule(str(user.target)), "inplace", False):
+                return True
+    return False
+
+
+def _dtype(gm: nn.Module) -> torch.dtype:
+    floating = (p.dtype for p in gm.parameters() if p.is_floating_point())
+    return next(floating, torch.get_default_dtype())
+
+
+def _device(gm: nn.Module) -> torch.device:
+    return next((p.device for p in gm.parameters()), torch.device("cpu"))

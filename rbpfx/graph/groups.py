@@ -1,0 +1,338 @@
+"""The second half of the analysis: from solved identities to groups of removable channels.
+
+Channels that were tied together are one *unit*; units that appear on the same producer axes form
+a *group*, share one noise vector and are decided together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+from rbpfx.errors import PlanError, RbpfxError
+from rbpfx.graph.propagation import Contraction, Labels, ParameterAxis, Propagation, Read
+from rbpfx.graph.provenance import Atoms, Block, Label, Solution
+from rbpfx.plan import PruningPlan
+
+Keep = npt.NDArray[np.bool_]
+UNITS = ("channel", "feature")
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that can be removed one unit at a time, and are decided together.
+
+    Attributes:
+        name: Qualified name of the first producer, as in `named_modules()`.
+        size: Number of units.
+        producers: Names of the modules or parameters that bring the channels to life.
+        reads: The edges on which the channels are contracted.
+        macs_per_unit: Multiply-accumulates per example saved by removing one unit alone.
+        foldable: Whether every read can absorb a constant multiplier into its weight.
+        channels: Representative atom of every unit, `(size,)`.
+    """
+
+    name: str
+    size: int
+    producers: tuple[str, ...]
+    reads: tuple[Read, ...]
+    macs_per_unit: float
+    foldable: bool
+    channels: Atoms
+
+    def __repr__(self) -> str:
+        return f"ChannelGroup({self.name!r}, size={self.size}, reads={len(self.reads)})"
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenAxis:
+    """Channels that stay, and why.
+
+    Attributes:
+        name: The module or parameter that brings the channels to life.
+        channels: How many of its channels stay.
+        size: How many it has.
+        reason: Why.
+    """
+
+    name: str
+    channels: int
+    size: int
+    reason: str
+
+
+class Analysis:
+    """What `analyze` found out about a graph.
+
+    Attributes:
+        gm: The graph that was analysed.
+        groups: The channel groups, in the order in which the network computes them.
+        frozen: Producers with channels that stay, and why.
+        unknown: Operators without a rule: node name -> operator.
+    """
+
+    def __init__(self, state: Propagation, solution: Solution) -> None:
+        self.gm: fx.GraphModule = state.gm
+        self.reads: list[Read] = state.reads
+        self.contractions: list[Contraction] = state.contractions
+        self.labels: dict[fx.Node, Labels] = state.labels
+        self.axes: dict[ParameterAxis, Atoms] = state.axes
+        self.features: dict[ParameterAxis, Atoms] = state.features
+        self.unknown: dict[str, str] = {n.name: op for n, op in state.unknown.items()}
+        self.channel = solution.channel
+        self.group_of = np.full(len(self.channel), -1, dtype=np.int64)
+        self.unit_of = np.full(len(self.channel), -1, dtype=np.int64)
+        self.frozen = tuple(_frozen_axes(state, solution))
+        self.groups = self._find_groups(state, solution)
+
+    def __repr__(self) -> str:
+        units = sum(g.size for g in self.groups)
+        return f"Analysis({len(self.groups)} groups, {units} units, {len(self.frozen)} frozen axes)"
+
+    def group(self, name: str) -> ChannelGroup:
+        """The group of a name.
+
+        Raises:
+            PlanError: There is none.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        known = ", ".join(g.name for g in self.groups) or "none"
+        raise PlanError(f"no channel group is called {name!r}; this network has: {known}")
+
+    def keep(self, plan: PruningPlan) -> Keep:
+        """For every atom, whether a plan keeps it, `(atoms,)`.
+
+        Raises:
+            PlanError: The plan names an unknown group or a unit that a group does not have.
+        """
+        keep = np.ones(len(self.channel), dtype=bool)
+        for name, units in plan.kept.items():
+            group = self.group(name)
+            if units[-1] >= group.size:
+                raise PlanError(
+                    f"the plan keeps unit {units[-1]} of group {name!r}, "
+                    f"which has units 0 to {group.size - 1}"
+                )
+            keep[group.channels] = False
+            keep[group.channels[list(units)]] = True
+        return keep[self.channel]
+
+    def gather(self, values: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        """Spread one value per unit over the atoms; 1 where a group is absent, `(atoms,)`."""
+        spread = np.ones(len(self.channel))
+        for name, value in values.items():
+            spread[self.group(name).channels] = value
+        return spread[self.channel]
+
+    def macs(self, share: npt.NDArray[np.float64] | Keep) -> float:
+        """Multiply-accumulates of the example batch with shares of the atoms kept, `(atoms,)`."""
+        total = 0.0
+        for contraction in self.contractions:
+            cost = float(contraction.macs)
+            for factor in contraction.factors:
+                cost *= float(np.prod([share[atoms] for atoms in factor], axis=0).mean())
+            total += cost
+        return total
+
+    def close(self, plan: PruningPlan) -> PruningPlan:
+        """Remove also what a plan leaves useless: units of which every read is zero.
+
+        A channel of which all flattened features go is useless, and a feature of a channel that
+        goes. The last unit of a group always stays.
+        """
+        keep = self.keep(plan)
+        kept = {g.name: keep[g.channels] for g in self.groups}
+        for group in self.groups:
+            alive = np.zeros(group.size, dtype=bool)
+            for read in group.reads:
+                live = np.logical_and.reduce([keep[atoms] for atoms in read.atoms])
+                for atoms in read.atoms:
+                    reached = self.channel[atoms[live]]
+                    units = self.unit_of[reached[self.group_of[reached] == self._index(group)]]
+                    alive[units] = True
+            if alive.any():
+                kept[group.name] &= alive
+        return PruningPlan(
+            {name: np.flatnonzero(k).tolist() for name, k in kept.items() if not k.all()}
+        )
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        """The coupling graph: one node per group, an edge where one is computed from another."""
+        graph = nx.DiGraph()
+        for group in self.groups:
+            graph.add_node(group.name, size=group.size, macs_per_unit=group.macs_per_unit)
+        for contraction in self.contractions:
+            if len(contraction.factors) < 2:
+                continue
+            sources, targets = (self._names(factor) for factor in contraction.factors)
+            graph.add_edges_from(
+                (source, target, {"node": contraction.node.name})
+                for source in sources
+                for target in targets
+            )
+        return graph
+
+    def _names(self, factor: tuple[Atoms, ...]) -> list[str]:
+        indices = np.unique(self.group_of[self.channel[np.concatenate(factor)]])
+        return [self.groups[i].name for i in indices if i >= 0]
+
+    def _index(self, group: ChannelGroup) -> int:
+        return int(self.group_of[group.channels[0]])
+
+    def _find_groups(self, state: Propagation, solution: Solution) -> tuple[ChannelGroup, ...]:
+        signature = _signatures(state, solution)
+        found: list[tuple[str, Atoms, list[str]]] = []
+        position: dict[int, int] = {}
+        for name, atoms in state.producers:
+            channels = solution.channel[atoms]
+            channels = channels[~solution.pinned[channels]]
+            _, first = np.unique(channels, return_index=True)
+            channels = channels[np.sort(first)]
+            for key in dict.fromkeys(signature[channels].tolist()):
+                if key not in position:
+                    position[key] = len(found)
+                    found.append((name, channels[signature[channels] == key], [name]))
+                else:
+                    found[position[key]][2].append(name)
+        found = [entry for entry in found if len(entry[1]) > 1]
+        for index, (_, channels, _) in enumerate(found):
+            self.group_of[channels] = index
+            self.unit_of[channels] = np.arange(len(channels))
+        reads = self._reads_by_group(len(found))
+        macs = self._macs_by_group(len(found))
+        taken: dict[str, int] = {}
+        groups = []
+        for index, (name, channels, producers) in enumerate(found):
+            taken[name] = taken.get(name, 0) + 1
+            unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
+            groups.append(
+                ChannelGroup(
+                    name=unique,
+                    size=len(channels),
+                    producers=tuple(producers),
+                    reads=tuple(reads[index]),
+                    macs_per_unit=macs[index] / len(channels),
+                    foldable=all(state.absorbs(read) for read in reads[index]),
+                    channels=channels,
+                )
+            )
+        return tuple(groups)
+
+    def _reads_by_group(self, count: int) -> list[list[Read]]:
+        by_group: list[list[Read]] = [[] for _ in range(count)]
+        for read in self.reads:
+            touched = self.group_of[self.channel[np.concatenate(read.atoms)]]
+            for index in np.unique(touched[touched >= 0]):
+                by_group[index].append(read)
+        return by_group
+
+    def _macs_by_group(self, count: int) -> npt.NDArray[np.float64]:
+        total = np.zeros(count)
+        batch = example_batch(self.gm)
+        for contraction in self.contractions:
+            for atoms in (a for factor in contraction.factors for a in factor):
+                touched = self.group_of[self.channel[atoms]]
+                share = np.bincount(touched[touched >= 0], minlength=count) / len(atoms)
+                total += share * contraction.macs / batch
+        return total
+
+
+def analyze(gm: fx.GraphModule, *, unit: str = "channel") -> Analysis:
+    """Find the channel groups of a captured graph.
+
+    Args:
+        gm: A graph with metadata, from `rbpfx.trace`.
+        unit: "channel", or "feature" to make every position of a flattened feature map, where a
+            linear layer reads it, a unit of its own beside the channels. Removing one slices the
+            linear layer and costs one `index_select`.
+
+    Returns:
+        The analysis: groups, frozen axes with reasons, the coupling graph.
+
+    Raises:
+        RbpfxError: The graph has no metadata, or `unit` is none of the two.
+    """
+    if unit not in UNITS:
+        raise RbpfxError(f"unit must be one of {UNITS}, not {unit!r}")
+    missing = [n.name for n in gm.graph.nodes if n.op == "placeholder" and "val" not in n.meta]
+    if missing:
+        raise RbpfxError(
+            f"the graph has no tensor metadata on {missing[0]!r}; capture it with rbpfx.trace"
+        )
+    state = Propagation(gm, unit).run()
+    solution = state.identities.solve()
+    joint = [
+        block
+        for labels in state.labels.values()
+        for label in (labels if isinstance(labels, tuple) else (labels,))
+        if isinstance(label, Label)
+        for block in label.blocks
+        if len(block.dims) > 1
+    ]
+    while any([_make_rectangular(state, solution, block) for block in joint]):
+        solution = state.identities.solve()
+    return Analysis(state, solution)
+
+
+def example_batch(gm: fx.GraphModule) -> int:
+    """Number of examples in the batch that the graph was captured with."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and getattr(value, "ndim", 0) > 0:
+            return int(value.shape[0])
+    return 1
+
+
+def _make_rectangular(state: Propagation, solution: Solution, block: Block) -> bool:
+    """Tie a joint block along all but one axis, so that what is left of it is a tensor.
+
+    Returns:
+        Whether anything was tied. The axis that keeps most units apart stays free.
+    """
+    channels = solution.channel[block.atoms]
+    if solution.pinned[channels].all():
+        return False
+    slabs = [channels.take([0], axis=axis) for axis in range(channels.ndim)]
+    varying = [axis for axis, slab in enumerate(slabs) if (channels != slab).any()]
+    if len(varying) <= 1:
+        return False
+    others = {axis: tuple(a for a in range(channels.ndim) if a != axis) for axis in varying}
+    free = max(varying, key=lambda a: len(np.unique(channels.min(axis=others[a]))))
+    first = block.atoms[tuple(slice(None) if a == free else [0] for a in range(channels.ndim))]
+    state.identities.tie(block.atoms, first)
+    return True
+
+
+def _signatures(state: Propagation, solution: Solution) -> Atoms:
+    """For every channel a number that tells the set of producers it appears on, `(atoms,)`."""
+    signature = np.zeros(len(solution.channel), dtype=np.int64)
+    count = 0
+    for _, atoms in state.producers:
+        channels = np.unique(solution.channel[atoms])
+        channels = channels[~solution.pinned[channels]]
+        before, renumbered = np.unique(signature[channels], return_inverse=True)
+        signature[channels] = count + 1 + renumbered
+        count += len(before)
+    return signature
+
+
+def _frozen_axes(state: Propagation, solution: Solution) -> list[FrozenAxis]:
+    axes = []
+    for name, atoms in state.producers:
+        channels = solution.channel[atoms]
+        stay = channels[solution.pinned[channels]]
+        if len(stay):
+            reasons = dict.fromkeys(solution.reasons[int(root)] for root in np.unique(stay))
+            axes.append(FrozenAxis(name, len(stay), len(atoms), "; ".join(reasons)))
+        elif len(np.unique(channels)) == 1:
+            axes.append(FrozenAxis(name, len(atoms), len(atoms), "only one unit"))
+    return axes

@@ -1,0 +1,146 @@
+"""Train and eval mode in one graph: merge two traces of the same model.
+
+`self.training` is read while tracing, so each trace bakes in one mode. Nodes that both traces
+share appear once. A constant that differs (`F.dropout(x, training=self.training)`) and a result
+that differs (auxiliary heads) are chosen at run time by the `TrainingMode` module.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, TypeVar
+
+from torch import fx, nn
+from torch.fx.node import Argument, map_arg
+
+from rbpfx.errors import CaptureError
+
+T = TypeVar("T")
+
+MODE_FLAG = "training_mode"
+
+
+class TrainingMode(nn.Module):
+    """Says at run time whether the network is in train mode."""
+
+    def forward(self) -> bool:
+        """`self.training`."""
+        return self.training
+
+
+def by_mode(training: bool, in_train: T, in_eval: T) -> T:
+    """The value for the mode the network is in."""
+    return in_train if training else in_eval
+
+
+def merge_modes(train: fx.Graph, evaluate: fx.Graph, root: nn.Module) -> fx.Graph:
+    """One graph that computes `train` in train mode and `evaluate` in eval mode.
+
+    Args:
+        train: Trace in train mode; becomes the merged graph.
+        evaluate: Trace in eval mode, of the same module with the same arguments.
+        root: The traced module; gets a `TrainingMode` submodule if the traces differ.
+
+    Raises:
+        CaptureError: A module with running statistics is called in eval mode only, so that no
+            single graph can keep its state right.
+    """
+    return _Merger(train, evaluate, root).merge()
+
+
+class _Merger:
+    def __init__(self, train: fx.Graph, evaluate: fx.Graph, root: nn.Module) -> None:
+        self.graph = train
+        self.evaluate = evaluate
+        self.root = root
+        self.twin: dict[fx.Node, fx.Node] = {}
+        self.flag: fx.Node | None = None
+        self.waiting: dict[Any, list[fx.Node]] = defaultdict(list)
+        for node in train.nodes:
+            self.waiting[node.op, node.target].append(node)
+
+    def merge(self) -> fx.Graph:
+        for node in list(self.evaluate.nodes):
+            if node.op == "output":
+                self._merge_output(node)
+            else:
+                self.twin[node] = self._find(node) or self._copy(node)
+        return self.graph
+
+    def _find(self, node: fx.Node) -> fx.Node | None:
+        """The node of the train graph that does the same, its constants made to fit both modes."""
+        candidates = self.waiting[node.op, node.target]
+        wanted = self._mapped((node.args, node.kwargs))
+        match = next((c for c in candidates if (c.args, c.kwargs) == wanted), None)
+        if match is None:
+            match = next((c for c in candidates if _same_but_constants(c, wanted)), None)
+            if match is None:
+                return None
+            match.args = self._choose(match.args, wanted[0], match)
+            match.kwargs = self._choose(match.kwargs, wanted[1], match)
+        candidates.remove(match)
+        return match
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """Add a node that only the eval graph has."""
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            if any(b is not None for b in module.buffers()):
+                raise CaptureError(
+                    f"module {node.target!r} keeps running statistics and is called on different "
+                    "values in train and in eval mode; keep the module around it whole with "
+                    "leaf_modules=[...]."
+                )
+        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        with self.graph.inserting_before(output):
+            return self.graph.node_copy(node, lambda n: self.twin[n])
+
+    def _merge_output(self, node: fx.Node) -> None:
+        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        in_eval = self._mapped(node.args)
+        if output.args != in_eval:
+            flag = self._mode_flag(output)
+            with self.graph.inserting_before(output):
+                chosen = self.graph.call_function(by_mode, (flag, output.args[0], in_eval[0]))
+            output.args = (chosen,)
+
+    def _mapped(self, args: Any) -> Any:
+        return map_arg(args, lambda n: self.twin[n])
+
+    def _choose(self, in_train: Any, in_eval: Any, user: fx.Node) -> Any:
+        """`in_train` with every constant that differs replaced by a run-time choice."""
+        if isinstance(in_train, dict):
+            return {k: self._choose(v, in_eval[k], user) for k, v in in_train.items()}
+        if isinstance(in_train, (tuple, list)):
+            pairs = zip(in_train, in_eval, strict=True)
+            return type(in_train)(self._choose(t, e, user) for t, e in pairs)
+        if in_train == in_eval:
+            return in_train
+        flag = self._mode_flag(user)
+        if in_train is True and in_eval is False:
+            return flag
+        with self.graph.inserting_before(user):
+            return self.graph.call_function(by_mode, (flag, in_train, in_eval))
+
+    def _mode_flag(self, user: fx.Node) -> fx.Node:
+        if self.flag is None:
+            if hasattr(self.root, MODE_FLAG):
+                raise CaptureError(f"the model has an attribute {MODE_FLAG!r}; rename it.")
+            self.root.add_module(MODE_FLAG, TrainingMode())
+            first = next(n for n in self.graph.nodes if n.op != "placeholder")
+            with self.graph.inserting_before(first):
+                self.flag = self.graph.call_module(MODE_FLAG)
+        return self.flag
+
+
+def _same_but_constants(node: fx.Node, wanted: Any) -> bool:
+    """Whether a node reads the same values as `wanted`, apart from constants."""
+    return _skeleton((node.args, node.kwargs)) == _skeleton(wanted)
+
+
+def _skeleton(args: Argument) -> Any:
+    if isinstance(args, dict):
+        return {k: _skeleton(v) for k, v in args.items()}
+    if isinstance(args, (tuple, list)):
+        return [_skeleton(v) for v in args]
+    return args if isinstance(args, fx.Node) else "constant"

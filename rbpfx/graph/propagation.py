@@ -1,0 +1,343 @@
+"""The first half of the analysis: walk the graph once and let every rule speak.
+
+`Propagation` is what rules talk to: it holds the label of every value, the atoms of every
+parameter axis, the reads (edges where channels are contracted) and the contractions (what costs
+multiply-accumulates).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from rbpfx.graph.provenance import Atoms, Block, Identities, Label
+from rbpfx.graph.rules.base import find_rule, operator_name, shape_of
+
+Labels: TypeAlias = Label | tuple["Label | None", ...] | None
+ParameterAxis: TypeAlias = tuple[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """An edge on which channels are contracted, so that a zero there removes the channel.
+
+    Attributes:
+        node: The operator that contracts.
+        source: The value it reads.
+        dim: The contracted axis of `source`.
+        atoms: For every index of that axis its channel; a second array where the positions of a
+            flattened feature map are units of their own.
+        weight: The parameter axis that meets the contracted axis and can absorb a constant
+            multiplier, if it is a parameter.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    dim: int
+    atoms: tuple[Atoms, ...]
+    weight: ParameterAxis | None
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """An operator that costs multiply-accumulates, as a product of shares of its axes.
+
+    With `keep` a 0/1 array over atoms, its cost is `macs` times, for every factor, the mean over
+    the axis of the product of `keep[atoms]` over the factor's arrays.
+    """
+
+    node: fx.Node
+    macs: int
+    factors: tuple[tuple[Atoms, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A weight-like input of an operator: a module's tensor or a value of the graph."""
+
+    state: Propagation
+    name: str | None
+    shape: tuple[int, ...]
+    label: Label | None
+
+    def axis(self, dim: int) -> Atoms:
+        """The atoms along an axis."""
+        if self.name is not None:
+            return self.state.parameter_axis(self.name, dim, self.shape[dim])
+        assert self.label is not None
+        return self.state.axis(self.label, dim, "meets an axis that is not followed")
+
+    def bind(self, dim: int, atoms: Atoms) -> None:
+        """Say that an axis is indexed by these channels."""
+        self.state.identities.tie(self.axis(dim), atoms)
+
+    def pin_rest(self, *used: int) -> None:
+        """Pin the axes of a graph value that the operator does not treat as channels."""
+        if self.label is not None:
+            for block in self.label.without(*used):
+                self.state.identities.pin(block.atoms, "axis of a weight that is no channel axis")
+
+    def parameter_axis(self, dim: int) -> ParameterAxis | None:
+        """The parameter axis, if the operand is a parameter."""
+        return (self.name, dim) if self.name is not None else None
+
+
+@dataclass
+class Propagation:
+    """State of the walk over one graph.
+
+    Attributes:
+        gm: The graph, with metadata.
+        unit: "channel", or "feature" to make flattened features units of their own.
+        labels: Node -> label of its value (a tuple for several values, None for no tensor).
+        axes: (parameter, dim) -> its atoms.
+        features: (parameter, dim) -> atoms of the flattened features that it reads.
+        producers: Axes that bring channels to life, in graph order: (name for users, atoms).
+        unknown: Operators without a rule: node -> operator name.
+        uses: How often every parameter is used as a weight.
+        read_uses: How often every parameter axis meets a contracted axis.
+        fetched: Parameters and buffers that the graph fetches by name.
+    """
+
+    gm: fx.GraphModule
+    unit: str = "channel"
+    identities: Identities = field(default_factory=Identities)
+    labels: dict[fx.Node, Labels] = field(default_factory=dict)
+    axes: dict[ParameterAxis, Atoms] = field(default_factory=dict)
+    features: dict[ParameterAxis, Atoms] = field(default_factory=dict)
+    producers: list[tuple[str, Atoms]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    unknown: dict[fx.Node, str] = field(default_factory=dict)
+    uses: Counter[str] = field(default_factory=Counter)
+    read_uses: Counter[ParameterAxis] = field(default_factory=Counter)
+    fetched: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        tensors = (
+            *self.gm.named_parameters(remove_duplicate=False),
+            *self.gm.named_buffers(remove_duplicate=False),
+        )
+        first: dict[int, str] = {}
+        self._canonical = {name: first.setdefault(id(t), name) for name, t in tensors}
+        self._feature_atoms: dict[tuple[fx.Node, int], Atoms] = {}
+
+    # -- what rules ask -------------------------------------------------------------------
+
+    def label(self, node: fx.Node) -> Label:
+        """The label of a tensor value; an empty one if nothing is followed."""
+        label = self.labels.get(node)
+        return label if isinstance(label, Label) else Label(shape_of(node))
+
+    def axis(self, label: Label, dim: int, reason: str) -> Atoms:
+        """Atoms along one axis; fresh pinned ones if the axis is not followed on its own."""
+        dim %= label.ndim
+        block = label.block(dim)
+        if block is not None and len(block.dims) == 1:
+            return block.atoms
+        if block is not None:
+            self.identities.pin(block.atoms, reason)
+        atoms = self.identities.new(label.shape[dim])
+        self.identities.pin(atoms, reason)
+        return atoms
+
+    def operand(self, node: fx.Node, position: int, name: str) -> Operand | None:
+        """A weight-like input: the module's tensor `name`, or the call's argument."""
+        if node.op == "call_module":
+            tensor = getattr(self.gm.get_submodule(str(node.target)), name, None)
+            if not isinstance(tensor, Tensor):
+                return None
+            qualified = f"{node.target}.{name}"
+            canonical = self._canonical.get(qualified)
+            if canonical is not None:
+                self.uses[canonical] += 1
+                return Operand(self, canonical, tuple(tensor.shape), None)
+            # Computed by a parametrization or hook: no parameter to slice, so it pins.
+            return Operand(self, None, tuple(tensor.shape), Label(tuple(tensor.shape)))
+        value = node.args[position] if len(node.args) > position else node.kwargs.get(name)
+        if not isinstance(value, fx.Node):
+            return None
+        return Operand(self, self._attribute(value), shape_of(value), self.label(value))
+
+    def parameter_axis(self, name: str, dim: int, size: int) -> Atoms:
+        """Atoms of a parameter's axis, created at its first use."""
+        if (name, dim) not in self.axes:
+            self.axes[name, dim] = self.identities.new(size)
+        return self.axes[name, dim]
+
+    # -- what rules say -------------------------------------------------------------------
+
+    def produce(self, node: fx.Node, operand: Operand, dim: int) -> Atoms:
+        """The channels that an operator brings to life, indexed by an axis of its weight."""
+        atoms = operand.axis(dim)
+        if operand.name is not None:
+            name = str(node.target) if node.op == "call_module" else operand.name
+            if name not in (known for known, _ in self.producers):
+                self.producers.append((name, atoms))
+        return atoms
+
+    def read(
+        self,
+        node: fx.Node,
+        source: fx.Node,
+        dim: int,
+        operand: Operand,
+        weight_dim: int,
+        *,
+        split_features: bool = False,
+    ) -> tuple[Atoms, ...]:
+        """Record that `node` contracts axis `dim` of `source` with axis `weight_dim` of a weight.
+
+        Args:
+            node: The operator.
+            source: The value it reads.
+            dim: The contracted axis.
+            operand: The weight.
+            weight_dim: The weight's axis.
+            split_features: Whether the positions of a flattened channel may become units.
+
+        Returns:
+            The atoms of the axis; a second array for flattened features.
+        """
+        label = self.label(source)
+        dim %= label.ndim
+        atoms: tuple[Atoms, ...] = (self.axis(label, dim, _untracked_reason(source)),)
+        axis = operand.parameter_axis(weight_dim)
+        flattened = len(np.unique(atoms[0])) < len(atoms[0])
+        if split_features and flattened and self.unit == "feature" and axis is not None:
+            atoms = (*atoms, self._flattened_features(node, source, dim, axis))
+        self.reads.append(Read(node, source, dim, atoms, axis))
+        if axis is not None:
+            self.read_uses[axis] += 1
+        return atoms
+
+    def absorbs(self, read: Read) -> bool:
+        """Whether a constant multiplier at a read can be folded into the weight there.
+
+        It can if the weight is a parameter that is used in reads along the same axis only.
+        """
+        if read.weight is None:
+            return False
+        name = read.weight[0]
+        return name not in self.fetched and self.uses[name] == self.read_uses[read.weight]
+
+    def contract(self, node: fx.Node, *factors: tuple[Atoms, ...]) -> None:
+        """Record what an operator costs, as a function of the shares kept of its axes."""
+        rule = find_rule(node, self.gm)
+        assert rule is not None
+        self.contractions.append(Contraction(node, rule.macs(node, self.gm), factors))
+
+    def pin(self, labels: Labels, reason: str) -> None:
+        """Pin everything a label follows."""
+        for label in labels if isinstance(labels, tuple) else (labels,):
+            for block in label.blocks if label is not None else ():
+                self.identities.pin(block.atoms, reason)
+
+    def pin_blocks(self, label: Label, dims: set[int], reason: str) -> Label:
+        """Pin what is followed along any of `dims`, and follow it no further."""
+        self.pin(Label(label.shape, tuple(b for b in label.blocks if dims & set(b.dims))), reason)
+        return Label(label.shape, label.without(*dims))
+
+    # -- the walk -------------------------------------------------------------------------
+
+    def run(self) -> Propagation:
+        """Visit every node once, in order."""
+        for node in self.gm.graph.nodes:
+            if node.op == "get_attr":
+                self.labels[node] = self._attribute_label(node)
+            elif node.op == "output":
+                for source in node.all_input_nodes:
+                    self.pin(self.labels.get(source), "output of the model")
+            elif node.op != "placeholder":
+                self.labels[node] = self._step(node)
+        return self
+
+    def _step(self, node: fx.Node) -> Labels:
+        rule = find_rule(node, self.gm)
+        if rule is not None:
+            return rule.propagate(node, self)
+        if isinstance(node.target, type) and hasattr(node.target, "_fields"):
+            values = (*node.args, *node.kwargs.values())
+            return tuple(self._packed(value) for value in values)
+        name = operator_name(node, self.gm)
+        touched = [self.labels[n] for n in node.all_input_nodes if self.labels.get(n) is not None]
+        if touched and any(label.blocks for labels in touched for label in _flat(labels)):
+            self.unknown[node] = name
+        reason = f"no rule for {name} (node {node.name!r})"
+        for labels in touched:
+            self.pin(labels, reason)
+        if node.op == "call_module":
+            for parameter, _ in self.gm.get_submodule(str(node.target)).named_parameters():
+                self._pin_parameter(f"{node.target}.{parameter}", reason)
+        return unfollowed(node)
+
+    def _packed(self, value: object) -> Label | None:
+        """Label of a field of a named tuple; several values in one field are pinned."""
+        label = self.labels.get(value) if isinstance(value, fx.Node) else None
+        if isinstance(label, tuple):
+            self.pin(label, "packed into a named tuple")
+            return None
+        return label
+
+    def _pin_parameter(self, name: str, reason: str) -> None:
+        canonical = self._canonical[name]
+        for dim, size in enumerate(self.gm.get_parameter(canonical).shape):
+            self.identities.pin(self.parameter_axis(canonical, dim, size), reason)
+
+    def _attribute(self, node: fx.Node) -> str | None:
+        """Canonical name of the parameter or buffer that a get_attr node fetches."""
+        return self._canonical.get(str(node.target)) if node.op == "get_attr" else None
+
+    def _attribute_label(self, node: fx.Node) -> Labels:
+        name = self._attribute(node)
+        if name is None:
+            return unfollowed(node)
+        self.fetched.add(name)
+        shape = shape_of(node)
+        return Label(
+            shape,
+            tuple(
+                Block((dim,), self.parameter_axis(name, dim, size))
+                for dim, size in enumerate(shape)
+                if size > 1
+            ),
+        )
+
+    def _flattened_features(
+        self, node: fx.Node, source: fx.Node, dim: int, axis: ParameterAxis
+    ) -> Atoms:
+        key = (source, dim)
+        if key not in self._feature_atoms:
+            self._feature_atoms[key] = self.identities.new(self.label(source).shape[dim])
+            reader = str(node.target) if node.op == "call_module" else axis[0]
+            self.producers.append((f"{reader}.features", self._feature_atoms[key]))
+        atoms = self._feature_atoms[key]
+        if axis in self.features:
+            self.identities.tie(self.features[axis], atoms)
+        return self.features.setdefault(axis, atoms)
+
+
+def unfollowed(node: fx.Node) -> Labels:
+    """A label that follows nothing, of the right shape, for a node's value."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return Label(tuple(value.shape))
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return tuple(Label(tuple(v.shape)) if isinstance(v, Tensor) else None for v in value)
+    return None
+
+
+def _flat(labels: Labels) -> tuple[Label, ...]:
+    several = labels if isinstance(labels, tuple) else (labels,)
+    return tuple(label for label in several if label is not None)
+
+
+def _untracked_reason(source: fx.Node) -> str:
+    if source.op == "placeholder":
+        return "input of the model"
+    return f"reads {source.name!r}, whose channels are not followed"

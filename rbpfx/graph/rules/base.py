@@ -1,0 +1,121 @@
+"""What a rule is, and the registry that finds the rule of a node.
+
+A rule says three things about an operator: how channel identities pass through it (`propagate`),
+what must change in the graph when channels go (`rewrite`), and how many multiply-accumulates it
+costs (`macs`). Rules are registered for a module class, a function, or a method name; all
+spellings of an operator share one rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, fx, nn
+
+if TYPE_CHECKING:
+    from rbpfx.graph.propagation import Labels, Propagation
+    from rbpfx.graph.slicing import Slicing
+
+
+class Rule:
+    """How one kind of operator treats channels. Subclass, and register an instance."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Describe the result of `node`; tie, pin and read channels on `state` as needed."""
+        raise NotImplementedError
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Adapt the twin of `node` in the emitted graph, and its module's attributes.
+
+        Parameters and buffers bound during `propagate` are sliced already.
+        """
+
+    def macs(self, node: fx.Node, gm: fx.GraphModule) -> int:
+        """Multiply-accumulates of `node` for the whole example batch."""
+        return 0
+
+
+_REGISTRY: dict[Hashable, Rule] = {}
+R = TypeVar("R", bound=Rule)
+
+
+def register(rule: R, *operators: Hashable) -> R:
+    """Register a rule.
+
+    Args:
+        rule: The rule.
+        operators: Module classes, functions, or names of tensor methods (strings).
+
+    Returns:
+        The rule.
+    """
+    for operator in operators:
+        _REGISTRY[operator] = rule
+    return rule
+
+
+def find_rule(node: fx.Node, gm: fx.GraphModule) -> Rule | None:
+    """The rule of a node: by module class (or its nearest base), function or method name."""
+    if node.op == "call_module":
+        classes = type(gm.get_submodule(str(node.target))).__mro__
+        return next((_REGISTRY[c] for c in classes if c in _REGISTRY), None)
+    return _REGISTRY.get(node.target)
+
+
+def operator_name(node: fx.Node, gm: fx.GraphModule) -> str:
+    """The operator of a node as a user would write it, for messages."""
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target))).__name__
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    if isinstance(node.target, Callable):  # type: ignore[arg-type]
+        module = getattr(node.target, "__module__", None)
+        name = getattr(node.target, "__name__", str(node.target))
+        return f"{module}.{name}" if module else name
+    return str(node.target)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call by position or name, whichever the call used."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
+    """Replace an argument where the call has it, or add it by name."""
+    if len(node.args) > position:
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
+
+
+def tensor_input(node: fx.Node) -> fx.Node:
+    """The first argument of a call, which every operator here names `input` or `self`."""
+    source = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def module_of(node: fx.Node, gm: fx.GraphModule) -> nn.Module | None:
+    """The module that a `call_module` node calls; None for functions and methods."""
+    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def setting(node: fx.Node, gm: fx.GraphModule, position: int, name: str, default: Any) -> Any:
+    """A non-tensor setting: the module's attribute, or the call's argument."""
+    module = module_of(node, gm)
+    return argument(node, position, name, default) if module is None else getattr(module, name)
+
+
+def value_of(argument: Any) -> Any:
+    """The example value of an argument: a node's metadata, anything else as it is."""
+    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the tensor that a node computes on the example inputs."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor), node.format_node()
+    return tuple(value.shape)

@@ -1,0 +1,129 @@
+"""Operators that combine several tensors element by element, with broadcasting."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from rbpfx.graph.modes import by_mode
+from rbpfx.graph.propagation import Labels, Propagation, unfollowed
+from rbpfx.graph.provenance import Block, Label
+from rbpfx.graph.rules.base import Rule, register, shape_of
+
+
+def broadcast(state: Propagation, labels: Sequence[Label], shape: Sequence[int]) -> Label:
+    """Label of an element-wise combination: channels that meet become one channel."""
+    ndim = len(shape)
+    merged: list[Block] = []
+    for label in labels:
+        offset = ndim - label.ndim
+        where = {d: d + offset for d in range(label.ndim)}
+        for block in (b.moved(where) for b in label.blocks):
+            if any(shape[d] != n for d, n in zip(block.dims, block.atoms.shape, strict=True)):
+                state.identities.pin(block.atoms, "a single channel broadcast to many")
+                continue
+            merged = _merge(state, merged, block)
+    result = []
+    for block in merged:
+        if any(_whole_along(label, block.dims, ndim) for label in labels):
+            state.identities.pin(block.atoms, "element-wise with a value that is not followed")
+        else:
+            result.append(block)
+    return Label(tuple(shape), tuple(result))
+
+
+def _merge(state: Propagation, blocks: list[Block], new: Block) -> list[Block]:
+    """Add a block; tie it to every block that shares an axis and keep their common axes."""
+    apart = []
+    for block in blocks:
+        common = tuple(d for d in new.dims if d in block.dims)
+        if not common:
+            apart.append(block)
+            continue
+        dims = sorted({*block.dims, *new.dims})
+        state.identities.tie(block.aligned(dims), new.aligned(dims))
+        index = tuple(slice(None) if d in common else 0 for d in new.dims)
+        new = Block(common, new.atoms[index])
+    return [*apart, new]
+
+
+def _whole_along(label: Label, dims: Sequence[int], ndim: int) -> bool:
+    """Whether an operand has real extent along a followed axis without following it."""
+    offset = ndim - label.ndim
+    return any(
+        d >= offset and label.shape[d - offset] > 1 and label.block(d - offset) is None
+        for d in dims
+    )
+
+
+class Combine(Rule):
+    """Element-wise with two or more tensors: add, mul, where, ... (any function of equals)."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Tie the operands' channels together, index by index."""
+        if not isinstance(node.meta.get("val"), Tensor):
+            return unfollowed(node)
+        operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+        return broadcast(state, [state.label(n) for n in operands], shape_of(node))
+
+
+class ByMode(Rule):
+    """The run-time choice between the results of train and of eval mode."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Results of the model stay whole."""
+        for source in node.all_input_nodes:
+            state.pin(state.labels.get(source), "output of the model, chosen by mode")
+        return unfollowed(node)
+
+
+class Concatenate(Rule):
+    """`torch.cat`: the axis of the result is the operands' axes one after the other."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Concatenate along `dim`, tie along all other axes."""
+        tensors = node.args[0] if node.args else node.kwargs["tensors"]
+        labels = [state.label(n) for n in tensors]  # type: ignore[union-attr]
+        shape = shape_of(node)
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        dim %= len(shape)  # type: ignore[operator,assignment]
+        followed = any(label.block(dim) is not None for label in labels)
+        axis = [state.axis(label, dim, "concatenated") for label in labels] if followed else []
+        others = broadcast(
+            state,
+            [Label(_with(label.shape, dim, 1), label.without(dim)) for label in labels],
+            _with(shape, dim, 1),
+        )
+        blocks = list(others.blocks)
+        if followed:
+            blocks.append(Block((dim,), np.concatenate(axis)))
+        return Label(shape, tuple(blocks))
+
+
+def _with(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
+    return tuple(size if d == dim else n for d, n in enumerate(shape))
+
+
+_FUNCTIONS = (
+    "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod "
+    "maximum minimum pow where atan2 lerp addcmul addcdiv eq ne lt le gt ge "
+    "logical_and logical_or logical_xor masked_fill type_as"
+).split()
+COMBINE = register(Combine())
+for _name in _FUNCTIONS:
+    if hasattr(torch, _name):
+        register(COMBINE, getattr(torch, _name))
+    if hasattr(Tensor, _name):
+        register(COMBINE, _name)
+    if hasattr(Tensor, f"{_name}_"):
+        register(COMBINE, f"{_name}_")
+for _name in "add sub mul truediv floordiv mod pow".split():
+    register(COMBINE, getattr(operator, _name))
+    register(COMBINE, getattr(operator, f"i{_name}"))
+register(COMBINE, *(getattr(operator, _name) for _name in "eq ne lt le gt ge".split()))
+register(ByMode(), by_mode)
+register(Concatenate(), torch.cat, torch.concat, torch.concatenate)

@@ -1,0 +1,149 @@
+"""Convolutions: plain, grouped, depthwise and transposed, in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from rbpfx.graph.propagation import Labels, Operand, Propagation
+from rbpfx.graph.provenance import Atoms, Block, Label
+from rbpfx.graph.rules.base import (
+    Rule,
+    module_of,
+    register,
+    set_argument,
+    setting,
+    shape_of,
+    tensor_input,
+)
+from rbpfx.graph.slicing import Slicing
+
+_GROUPS_POSITION = 6
+
+
+class Convolution(Rule):
+    """Contracts the input channels, brings the output channels to life.
+
+    With several convolution groups a unit is one position in all of them, so that every group
+    keeps the same width; where a group has one input channel (depthwise) nothing is contracted
+    and the unit is the group.
+
+    Args:
+        transposed: The weight is (in, out / groups, ...) instead of (out, in / groups, ...).
+    """
+
+    def __init__(self, transposed: bool) -> None:
+        self.transposed = transposed
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Read the input channels, produce the output channels, follow no spatial axis."""
+        weight = state.operand(node, 1, "weight")
+        bias = state.operand(node, 2, "bias")
+        assert weight is not None
+        weight.pin_rest(0, 1)
+        source = tensor_input(node)
+        dim = _channel_dim(source, weight.shape)
+        label = state.label(source)
+        spatial = set(range(label.ndim)) - {dim}
+        state.pin_blocks(label, spatial, "spatial axis of a convolution")
+        if self._is_depthwise(node, state.gm):
+            atoms = self._depthwise(node, source, dim, weight, state)
+        else:
+            atoms = self._full(node, source, dim, weight, state)
+        if bias is not None:
+            bias.bind(0, atoms)
+        return Label(shape_of(node), (Block((dim,), atoms),))
+
+    def _full(
+        self, node: fx.Node, source: fx.Node, dim: int, weight: Operand, state: Propagation
+    ) -> Atoms:
+        groups = _groups(node, state.gm)
+        (inputs,) = state.read(node, source, dim, weight, 0 if self.transposed else 1)
+        tie_groups(state, inputs, groups)
+        if self.transposed:
+            weight.bind(0, inputs)
+            outputs = np.tile(state.produce(node, weight, 1), groups)
+        else:
+            weight.bind(1, inputs[: len(inputs) // groups])
+            outputs = state.produce(node, weight, 0)
+            tie_groups(state, outputs, groups)
+        state.contract(node, (inputs,), (outputs,))
+        return outputs
+
+    def _depthwise(
+        self, node: fx.Node, source: fx.Node, dim: int, weight: Operand, state: Propagation
+    ) -> Atoms:
+        inputs = state.axis(state.label(source), dim, "input of a depthwise convolution")
+        outputs = np.repeat(inputs, shape_of(node)[dim] // len(inputs))
+        weight.bind(0, inputs if self.transposed else outputs)
+        state.contract(node, (outputs,))
+        return outputs
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Name the new widths, and how many groups a depthwise convolution keeps."""
+        groups = _groups(node, state.source)
+        if self._is_depthwise(node, state.source):
+            source = tensor_input(node)
+            dim = _channel_dim(source, _weight_shape(node, state.source))
+            groups = state.sizes(state.label(source)).get(dim, groups)
+        twin = state.twin(node)
+        module = module_of(twin, state.gm)
+        if isinstance(module, _ConvNd):
+            rows, columns = module.weight.shape[:2]
+            module.groups = groups
+            module.in_channels = rows if self.transposed else columns * groups
+            module.out_channels = columns * groups if self.transposed else rows
+        elif groups != _groups(node, state.source):
+            set_argument(twin, _GROUPS_POSITION, "groups", groups)
+
+    def macs(self, node: fx.Node, gm: fx.GraphModule) -> int:
+        """One per weight and position of the convolution's grid."""
+        weight = _weight_shape(node, gm)
+        grid = tensor_input(node) if self.transposed else node
+        dim = _channel_dim(grid, weight)
+        return prod(weight) * prod(n for d, n in enumerate(shape_of(grid)) if d != dim)
+
+    def _is_depthwise(self, node: fx.Node, gm: fx.GraphModule) -> bool:
+        source = tensor_input(node)
+        channels = shape_of(source)[_channel_dim(source, _weight_shape(node, gm))]
+        return 1 < _groups(node, gm) == channels
+
+
+def tie_groups(state: Propagation, atoms: Atoms, groups: int) -> None:
+    """Make the channels at the same position of every convolution group one unit."""
+    by_group = atoms.reshape(groups, -1)
+    state.identities.tie(by_group[1:], by_group[:1])
+
+
+def _channel_dim(value: fx.Node, weight_shape: tuple[int, ...]) -> int:
+    """The channel axis: 1, or 0 for an input without batch axis."""
+    return len(shape_of(value)) - len(weight_shape) + 1
+
+
+def _groups(node: fx.Node, gm: fx.GraphModule) -> int:
+    return int(setting(node, gm, _GROUPS_POSITION, "groups", 1))
+
+
+def _weight_shape(node: fx.Node, gm: fx.GraphModule) -> tuple[int, ...]:
+    module = module_of(node, gm)
+    if isinstance(module, _ConvNd):
+        return tuple(module.weight.shape)
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    assert isinstance(weight, fx.Node)
+    return shape_of(weight)
+
+
+for _n in (1, 2, 3):
+    for _prefix, _transposed in (("Conv", False), ("ConvTranspose", True)):
+        _function = f"conv_transpose{_n}d" if _transposed else f"conv{_n}d"
+        register(
+            Convolution(_transposed),
+            getattr(nn, f"{_prefix}{_n}d"),
+            getattr(F, _function),
+            getattr(torch, _function),
+        )

@@ -1,0 +1,113 @@
+"""Operators that treat every element of one tensor alike: activations, dropout, copies.
+
+The function may be anything, f(0) = 0 is not needed: multipliers sit at the reads, after it.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth, stochastic_depth
+
+from rbpfx.graph.propagation import Labels, Propagation, unfollowed
+from rbpfx.graph.provenance import Label
+from rbpfx.graph.rules.base import Rule, module_of, register, shape_of, tensor_input
+from rbpfx.graph.slicing import Slicing
+
+
+class Elementwise(Rule):
+    """The result has the channels of the input."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Hand the label on."""
+        if not isinstance(node.meta.get("val"), Tensor):
+            return unfollowed(node)
+        return Label(shape_of(node), state.label(tensor_input(node)).blocks)
+
+
+class PReLU(Rule):
+    """`PReLU`: element-wise, with one learnt slope or one per channel."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Bind the slopes to the channels."""
+        label = state.label(tensor_input(node))
+        slope = state.operand(node, 1, "weight")
+        assert slope is not None
+        if slope.shape and slope.shape[0] > 1:
+            slope.bind(0, state.axis(label, 1, "slopes of a PReLU over a mixed axis"))
+            label = state.pin_blocks(label, set(range(label.ndim)) - {1}, "PReLU slopes")
+        elif slope.label is not None:
+            slope.pin_rest()
+        return label
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Name the number of slopes."""
+        module = module_of(state.twin(node), state.gm)
+        if isinstance(module, nn.PReLU):
+            module.num_parameters = module.weight.shape[0]
+
+
+class Glimpse(Rule):
+    """Questions about a tensor that no channel's value answers: shape, dtype, device, ..."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Nothing is followed; `getattr` of anything else pins."""
+        if node.target is getattr and isinstance(node.meta.get("val"), Tensor):
+            state.pin(state.labels.get(tensor_input(node)), f"attribute {node.args[1]!r}")
+        return unfollowed(node)
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """A size that the model asks for keeps its original value where channels have gone.
+
+        Scales such as `x.shape[1] ** -0.5` then mean what they meant; sizes given to reshapes
+        are set by the reshape's own rule.
+        """
+        label = state.labels.get(tensor_input(node))
+        if not isinstance(label, Label):
+            return
+        new_sizes = state.changed_sizes(label)
+        whole = node.target == "size" or (node.target is getattr and node.args[1] == "shape")
+        if not new_sizes or not whole:
+            return
+        if isinstance(node.meta.get("val"), int):
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
+            if dim % label.ndim in new_sizes:  # type: ignore[operator]
+                state.replace_by_constant(node, node.meta["val"])
+            return
+        for user in node.users:
+            dim = user.args[1] if user.target is operator.getitem else None
+            if isinstance(dim, int) and dim % label.ndim in new_sizes:
+                state.replace_by_constant(user, label.shape[dim])
+
+
+_MODULES = (
+    "ReLU ReLU6 LeakyReLU RReLU ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh "
+    "Sigmoid Tanh Softplus Softsign Tanhshrink Hardshrink Softshrink LogSigmoid Threshold "
+    "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout"
+).split()
+_FUNCTIONS = (
+    "relu relu_ relu6 leaky_relu leaky_relu_ rrelu rrelu_ elu elu_ selu selu_ celu celu_ gelu "
+    "silu mish hardswish hardsigmoid hardtanh hardtanh_ sigmoid tanh softplus softsign "
+    "tanhshrink hardshrink softshrink logsigmoid threshold threshold_ dropout dropout1d dropout2d "
+    "dropout3d alpha_dropout feature_alpha_dropout dropout_ alpha_dropout_ feature_dropout "
+    "abs abs_ neg neg_ negative exp exp_ log log_ log1p expm1 sqrt sqrt_ rsqrt square sign sin cos "
+    "erf reciprocal sigmoid_ tanh_ clamp clamp_ clamp_min clamp_max clip clip_ floor ceil round "
+    "nan_to_num logical_not isnan clone detach zeros_like ones_like full_like rand_like "
+    "contiguous to type float double half bfloat16 int long bool cpu cuda requires_grad_ zero_"
+).split()
+ELEMENTWISE = register(Elementwise(), *(getattr(nn, name) for name in _MODULES))
+for _name in _FUNCTIONS:
+    for _home in (torch, F):
+        if hasattr(_home, _name):
+            register(ELEMENTWISE, getattr(_home, _name))
+    if hasattr(Tensor, _name):
+        register(ELEMENTWISE, _name)
+register(ELEMENTWISE, operator.neg, operator.abs, operator.pos)
+# Stochastic depth drops whole rows or the whole batch, never single channels.
+register(ELEMENTWISE, stochastic_depth, StochasticDepth)
+register(PReLU(), nn.PReLU, F.prelu, torch.prelu, "prelu")
+register(Glimpse(), "size", "dim", "is_floating_point", "is_contiguous", "stride", "get_device")
+register(Glimpse(), getattr)

@@ -1,0 +1,222 @@
+"""Operators that rearrange axes: reshape, flatten, permute, squeeze, expand, ..."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from rbpfx.graph.propagation import Labels, Propagation, unfollowed
+from rbpfx.graph.provenance import Block, Label
+from rbpfx.graph.rules.base import (
+    Rule,
+    argument,
+    module_of,
+    register,
+    setting,
+    shape_of,
+    tensor_input,
+    value_of,
+)
+from rbpfx.graph.rules.combine import broadcast
+from rbpfx.graph.slicing import Slicing
+
+
+def reshape(state: Propagation, label: Label, shape: Sequence[int], reason: str) -> Label:
+    """Label of `tensor.reshape(shape)`.
+
+    The axes fall into runs of equal size before and after; within a run, atoms are reshaped like
+    the data. Where two followed axes fall into one run no single identity is left: they pin.
+    """
+    blocks: list[Block] = []
+    for old, new in _runs(label.shape, tuple(shape)):
+        inside = [b for b in label.blocks if set(b.dims) & set(old)]
+        if len(inside) != 1 or not set(inside[0].dims) <= set(old):
+            state.pin(Label(label.shape, tuple(inside)), f"{reason} mixes followed axes")
+            continue
+        full = np.broadcast_to(inside[0].aligned(old), [label.shape[d] for d in old])
+        atoms = full.reshape([shape[d] for d in new])
+        varies = [a for a in range(atoms.ndim) if (atoms != atoms.take([0], axis=a)).any()]
+        if varies:
+            index = tuple(slice(None) if a in varies else 0 for a in range(atoms.ndim))
+            blocks.append(Block(tuple(new[a] for a in varies), atoms[index]))
+        else:
+            state.identities.pin(inside[0].atoms, "only one channel")
+    return Label(tuple(shape), tuple(blocks))
+
+
+def _runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Split axes into the shortest runs that hold equally many elements before and after."""
+    runs = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        before, after, size_before, size_after = [], [], 1, 1
+        while not (before or after) or size_before != size_after:
+            if i < len(old) and (size_before <= size_after or j == len(new)):
+                before.append(i)
+                size_before *= old[i]
+                i += 1
+            else:
+                after.append(j)
+                size_after *= new[j]
+                j += 1
+        runs.append((before, after))
+    return runs
+
+
+class Reshape(Rule):
+    """reshape, view: the sizes of followed axes in the call are rewritten."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Reshape the atoms like the data."""
+        label = state.label(tensor_input(node))
+        if isinstance(value_of(argument(node, 1, "dtype")), torch.dtype):
+            state.pin(label, f"view as another dtype ({node.name!r})")
+            return unfollowed(node)
+        return reshape(state, label, shape_of(node), f"reshape {node.name!r}")
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Write the new sizes; leave -1 and sizes of other axes as they are."""
+        new_sizes = state.changed_sizes(state.label(node))
+        if not new_sizes:
+            return
+        twin = state.twin(node)
+        sizes = self._sizes(twin, node, state)
+        for dim, size in new_sizes.items():
+            if sizes[dim] != -1:
+                sizes[dim] = size
+        twin.args = (tensor_input(twin), tuple(sizes))
+        twin.kwargs = {}
+
+    def _sizes(self, twin: fx.Node, node: fx.Node, state: Slicing) -> list[Any]:
+        """The sizes a call asks for, one per axis: numbers or nodes."""
+        given = twin.args[1:] or (twin.kwargs.get("shape", twin.kwargs.get("size")),)
+        if len(given) == 1 and isinstance(given[0], (tuple, list)):
+            return list(given[0])
+        if len(given) == 1 and isinstance(given[0], fx.Node):
+            if isinstance(value_of(given[0]), int):
+                return [given[0]]
+            with state.gm.graph.inserting_before(twin):
+                return [
+                    state.gm.graph.call_function(operator.getitem, (given[0], dim))
+                    for dim in range(len(shape_of(node)))
+                ]
+        return list(given)
+
+
+class Flatten(Rule):
+    """flatten, and unflatten with its sizes: a reshape that names axes."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Reshape the atoms like the data."""
+        label = state.label(tensor_input(node))
+        return reshape(state, label, shape_of(node), f"flatten {node.name!r}")
+
+
+class Unflatten(Flatten):
+    """`unflatten`: one axis becomes several."""
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Write the new sizes of the unflattened axes."""
+        new_sizes = state.changed_sizes(state.label(node))
+        if not new_sizes:
+            return
+        twin = state.twin(node)
+        module = module_of(twin, state.gm)
+        dim = setting(node, state.source, 1, "dim", 0) % len(shape_of(tensor_input(node)))
+        name = "unflattened_size" if module is not None else "sizes"
+        sizes = list(setting(node, state.source, 2, name, ()))
+        for axis, size in new_sizes.items():
+            if sizes[axis - dim] != -1:
+                sizes[axis - dim] = size
+        if module is not None:
+            module.unflattened_size = tuple(sizes)
+        else:
+            twin.args = (tensor_input(twin), dim, tuple(sizes))
+            twin.kwargs = {}
+
+
+class Permute(Rule):
+    """permute, transpose, movedim, ...: reads the permutation off strides."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Move the atoms like the data."""
+        label = state.label(tensor_input(node))
+        # Running the very operator on a probe whose sizes are distinct gives the permutation
+        # of every spelling, without parsing any.
+        probe = torch.empty(tuple(range(2, 2 + label.ndim)), device="meta")
+        args = (probe, *node.args[1:])
+        if node.op == "call_method":
+            moved = getattr(probe, str(node.target))(*args[1:], **node.kwargs)
+        else:
+            kwargs = {k: v for k, v in node.kwargs.items() if k != "input"}
+            moved = node.target(*args, **kwargs)  # type: ignore[operator]
+        return label.permuted([size - 2 for size in moved.shape])
+
+
+class Squeeze(Rule):
+    """squeeze: axes of size one end."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Drop the squeezed axes."""
+        label = state.label(tensor_input(node))
+        dims = _squeezed(node, label)
+        label = state.pin_blocks(label, set(dims), "only one channel")
+        stay = [d for d in range(label.ndim) if d not in dims]
+        where = {old: new for new, old in enumerate(stay)}
+        return Label(shape_of(node), tuple(b.moved(where) for b in label.blocks))
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Name the axes, so that a channel axis of which one is left is not squeezed away."""
+        label = state.label(tensor_input(node))
+        if state.changed_sizes(label) and argument(node, 1, "dim") is None:
+            twin = state.twin(node)
+            twin.args = (tensor_input(twin), _squeezed(node, label))
+            twin.kwargs = {}
+
+
+def _squeezed(node: fx.Node, label: Label) -> tuple[int, ...]:
+    dims = argument(node, 1, "dim")
+    if dims is None:
+        dims = range(label.ndim)
+    elif isinstance(dims, int):
+        dims = (dims,)
+    return tuple(d % label.ndim for d in dims if label.shape[d] == 1)
+
+
+class Unsqueeze(Rule):
+    """unsqueeze: a new axis of size one."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Insert the axis."""
+        dim = argument(node, 1, "dim")
+        return state.label(tensor_input(node)).unsqueezed(int(value_of(dim)))
+
+
+class Expand(Reshape):
+    """expand, expand_as: repeats axes of size one."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Broadcast against nothing."""
+        if not isinstance(node.meta.get("val"), Tensor):
+            return unfollowed(node)
+        return broadcast(state, [state.label(tensor_input(node))], shape_of(node))
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Write the new sizes."""
+        if node.target not in ("expand_as",):
+            super().rewrite(node, state)
+
+
+RESHAPE = register(Reshape(), torch.reshape, "reshape", "view")
+register(Flatten(), nn.Flatten, torch.flatten, "flatten", torch.ravel, "ravel")
+register(Unflatten(), nn.Unflatten, torch.unflatten, "unflatten")
+_PERMUTATIONS = "permute transpose swapaxes swapdims movedim moveaxis t".split()
+register(Permute(), *_PERMUTATIONS, *(getattr(torch, name) for name in _PERMUTATIONS))
+register(Squeeze(), torch.squeeze, "squeeze")
+register(Unsqueeze(), torch.unsqueeze, "unsqueeze")
+register(Expand(), "expand", "expand_as", torch.broadcast_to, "broadcast_to")

@@ -1,0 +1,45 @@
+"""Operators on the trailing spatial axes, channel by channel: pooling, interpolation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from rbpfx.graph.propagation import Labels, Propagation
+from rbpfx.graph.provenance import Label
+from rbpfx.graph.rules.base import Rule, register, shape_of, tensor_input
+
+
+class Spatial(Rule):
+    """Mixes positions within a channel, never channels.
+
+    Args:
+        spatial_dims: How many trailing axes are mixed; None for all after the channel axis.
+    """
+
+    def __init__(self, spatial_dims: int | None) -> None:
+        self.spatial_dims = spatial_dims
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Hand the label on, for every result, and follow no mixed axis."""
+        label = state.label(tensor_input(node))
+        mixed = label.ndim - 2 if self.spatial_dims is None else self.spatial_dims
+        spatial = set(range(label.ndim - mixed, label.ndim))
+        label = state.pin_blocks(label, spatial, "spatial axis of a pooling or interpolation")
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            return Label(shape_of(node), label.blocks)
+        return tuple(Label(tuple(v.shape), label.blocks) for v in value)
+
+
+for _n in (1, 2, 3):
+    _rule = Spatial(_n)
+    for _name in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool"):
+        register(_rule, getattr(F, f"{_name}{_n}d"))
+        if hasattr(torch, f"{_name}{_n}d"):
+            register(_rule, getattr(torch, f"{_name}{_n}d"))
+    for _name in ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "LPPool"):
+        register(_rule, getattr(nn, f"{_name}{_n}d"))
+register(Spatial(None), F.interpolate, F.upsample, nn.Upsample)
+register(Spatial(None), nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)

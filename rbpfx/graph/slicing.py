@@ -1,0 +1,229 @@
+"""Rewriting: emit a smaller graph with really sliced tensors.
+
+One deep copy does most of the work: parameters are sliced first and put into the copy's memo, so
+that the copy picks up the small tensors and never copies the large ones. Rules then adapt the
+attributes of modules and the constants in the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from rbpfx.errors import PlanError
+from rbpfx.graph.capture import record_metadata
+from rbpfx.graph.provenance import Label
+from rbpfx.graph.rules.base import find_rule, shape_of
+from rbpfx.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from rbpfx.graph.groups import Analysis, Keep
+    from rbpfx.graph.propagation import Labels, Read
+
+Multipliers = Mapping[str, Tensor]
+
+
+def rewrite(
+    gm: fx.GraphModule,
+    analysis: Analysis,
+    plan: PruningPlan,
+    *,
+    multipliers: Multipliers | None = None,
+) -> fx.GraphModule:
+    """Emit the network that a plan leaves.
+
+    Args:
+        gm: The graph that was analysed, or a copy of it with other parameter values.
+        analysis: What `rbpfx.analyze` found.
+        plan: Which units stay.
+        multipliers: Group name -> one constant per unit `(size,)`, folded into the weights at
+            the group's reads.
+
+    Returns:
+        A new graph with sliced parameters and buffers, the same submodule names and fresh
+        metadata. It equals `apply_mask` of the same plan and multipliers. `gm` is not modified.
+
+    Raises:
+        PlanError: The plan does not fit the network, or a multiplier cannot be folded.
+    """
+    keep = analysis.keep(plan)
+    memo: dict[int, Any] = {}
+    for name, tensor in sliced_tensors(gm, analysis, keep, multipliers or {}).items():
+        memo[id(_tensor(gm, name))] = tensor
+    emitted = copy.deepcopy(gm, memo)
+    state = Slicing(gm, emitted, analysis, keep)
+    for node in analysis.gm.graph.nodes:
+        rule = find_rule(node, analysis.gm)
+        if rule is not None:
+            rule.rewrite(node, state)
+    emitted.graph.lint()
+    emitted.recompile()
+    record_metadata(emitted)
+    return emitted
+
+
+def kept_indices(analysis: Analysis, keep: Keep) -> dict[str, dict[int, npt.NDArray[np.int64]]]:
+    """For every parameter and buffer that shrinks: axis -> the indices that stay."""
+    shrunk: dict[str, dict[int, npt.NDArray[np.int64]]] = {}
+    for (name, dim), atoms in analysis.axes.items():
+        stays = keep[atoms]
+        if (name, dim) in analysis.features:
+            stays = stays & keep[analysis.features[name, dim]]
+        if not stays.all():
+            shrunk.setdefault(name, {})[dim] = np.flatnonzero(stays)
+    return shrunk
+
+
+def sliced_tensors(
+    gm: nn.Module, analysis: Analysis, keep: Keep, multipliers: Multipliers
+) -> dict[str, Tensor]:
+    """New values of all parameters and buffers that a plan or a multiplier changes."""
+    shrunk = kept_indices(analysis, keep)
+    factors = _folded_factors(analysis, multipliers)
+    tensors = {}
+    for name in shrunk.keys() | factors.keys():
+        old = _tensor(gm, name)
+        new = old.detach()
+        for dim, factor in factors.get(name, {}).items():
+            shape = [-1 if d == dim else 1 for d in range(new.ndim)]
+            new = new * torch.from_numpy(factor).to(new).reshape(shape)
+        for dim, indices in shrunk.get(name, {}).items():
+            new = new.index_select(dim, torch.from_numpy(indices).to(new.device))
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new.clone(), requires_grad=old.requires_grad)
+        tensors[name] = new
+    return tensors
+
+
+def _folded_factors(
+    analysis: Analysis, multipliers: Multipliers
+) -> dict[str, dict[int, npt.NDArray[np.float64]]]:
+    """Parameter -> axis -> the constant to multiply every index by."""
+    factors: dict[str, dict[int, npt.NDArray[np.float64]]] = {}
+    values = {}
+    for name, multiplier in multipliers.items():
+        group = analysis.group(name)
+        values[name] = multiplier.detach().double().cpu().numpy()
+        if not group.foldable and (values[name] != 1).any():
+            raise PlanError(
+                f"group {name!r} is read by an operator without a weight of its own, so a "
+                "multiplier cannot be folded there; leave the group at 1"
+            )
+    if not values:
+        return factors
+    spread = analysis.gather(values)
+    for read in analysis.reads:
+        if read.weight is None:
+            continue
+        name, dim = read.weight
+        factor = spread[analysis.axes[name, dim]]
+        if read.weight in analysis.features:
+            factor = factor * spread[analysis.features[name, dim]]
+        if (factor != 1).any():
+            factors.setdefault(name, {})[dim] = factor
+    return factors
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), attribute)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+class Slicing:
+    """What rules talk to while they rewrite.
+
+    Attributes:
+        source: The graph that is rewritten; rules see its nodes.
+        gm: The graph that is emitted.
+        keep: For every atom, whether it stays.
+        labels: Node of `source` -> its label.
+    """
+
+    def __init__(
+        self,
+        source: fx.GraphModule,
+        emitted: fx.GraphModule,
+        analysis: Analysis,
+        keep: Keep,
+    ) -> None:
+        self.source = source
+        self.gm = emitted
+        self.keep = keep
+        self.labels: dict[fx.Node, Labels] = analysis.labels
+        self._reads = {read.node: read for read in analysis.reads}
+        # Copies of a graph hold the same nodes in the same order.
+        pairs = zip(analysis.gm.graph.nodes, emitted.graph.nodes, strict=True)
+        self._twins: dict[fx.Node, fx.Node] = dict(pairs)
+
+    def twin(self, node: fx.Node) -> fx.Node:
+        """The node of the emitted graph that stands for `node`."""
+        return self._twins[node]
+
+    def label(self, node: fx.Node) -> Label:
+        """The label of a tensor value."""
+        label = self.labels.get(node)
+        return label if isinstance(label, Label) else Label(shape_of(node))
+
+    def read_of(self, node: fx.Node) -> Read:
+        """The read of an operator that has one."""
+        return self._reads[node]
+
+    def kept_along(self, label: Label, dim: int) -> Keep:
+        """Which indices of an axis stay, `(size,)`."""
+        dim %= label.ndim
+        block = label.block(dim)
+        if block is None:
+            return np.ones(label.shape[dim], dtype=bool)
+        others = tuple(a for a, d in enumerate(block.dims) if d != dim)
+        stays: Keep = self.keep[block.atoms].any(axis=others)
+        return stays
+
+    def sizes(self, label: Label) -> dict[int, int]:
+        """Followed axis -> its new size."""
+        dims = [d for block in label.blocks for d in block.dims]
+        return {d: int(self.kept_along(label, d).sum()) for d in dims}
+
+    def changed_sizes(self, label: Label) -> dict[int, int]:
+        """Axis that shrinks -> its new size."""
+        return {d: size for d, size in self.sizes(label).items() if size != label.shape[d]}
+
+    def select(
+        self, before: fx.Node, value: fx.Node, dim: int, positions: npt.NDArray[np.int64]
+    ) -> fx.Node:
+        """Insert `index_select(value, dim, positions)` in front of a node."""
+        count = sum(name.startswith("kept_positions") for name, _ in self.gm.named_buffers())
+        name = f"kept_positions_{count}"
+        self.gm.register_buffer(name, torch.from_numpy(positions.astype(np.int64)))
+        with self.gm.graph.inserting_before(before):
+            index = self.gm.graph.get_attr(name)
+            return self.gm.graph.call_function(torch.index_select, (value, dim, index))
+
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        """Let another node stand for `node` from here on."""
+        old = self._twins[node]
+        old.replace_all_uses_with(new)
+        new.meta = dict(old.meta)
+        self.gm.graph.erase_node(old)
+        self._twins[node] = new
+
+    def replace_by_constant(self, node: fx.Node, value: int) -> None:
+        """Use a constant wherever a node was used."""
+        twin = self._twins[node]
+        for user in list(twin.users):
+            user.args = _substituted(user.args, twin, value)
+            user.kwargs = _substituted(user.kwargs, twin, value)
+
+
+def _substituted(args: Any, old: fx.Node, new: int) -> Any:
+    return fx.node.map_aggregate(args, lambda a: new if a is old else a)
+
+
+__all__ = ["Multipliers", "Slicing", "kept_indices", "rewrite", "sliced_tensors"]

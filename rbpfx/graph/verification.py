@@ -1,0 +1,133 @@
+"""Verification: the sliced network computes what the masked one computes, measured.
+
+Both are run in float64 on inputs drawn afresh, so that what is left is rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from rbpfx.errors import VerificationError
+from rbpfx.graph.capture import ExampleInputs, bind_inputs
+from torch.fx.node import map_aggregate
+
+TOLERANCE = 1e-9
+
+
+def verify(
+    masked: nn.Module,
+    pruned: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    train: bool = False,
+    seed: int = 0,
+) -> float:
+    """Largest difference between two networks that should compute the same.
+
+    Args:
+        masked: The reference, from `rbpfx.apply_mask`.
+        pruned: The network from `rbpfx.rewrite`.
+        example_inputs: Inputs whose shapes, dtypes and (for integers) range are imitated.
+        train: Let BatchNorm use batch statistics, as in training. Everything else stays in eval
+            mode, since dropout draws different masks for tensors of different sizes.
+        seed: Seed of the inputs that are drawn.
+
+    Returns:
+        max |masked - pruned| over all outputs, divided by the largest output magnitude; float64.
+        Infinite if shapes or the number of outputs differ, or one result alone is not finite.
+    """
+    inputs = list(bind_inputs(masked, example_inputs).values())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inputs = [map_aggregate(value, _draw_like) for value in inputs]
+    outputs = [_run(network, inputs, train) for network in (masked, pruned)]
+    return difference(*outputs)
+
+
+def require_equal(
+    masked: nn.Module, pruned: nn.Module, example_inputs: ExampleInputs
+) -> float:
+    """`verify` in eval mode and with batch statistics; the larger of the two.
+
+    Raises:
+        VerificationError: It exceeds `TOLERANCE`.
+    """
+    error = max(
+        verify(masked, pruned, example_inputs),
+        verify(masked, pruned, example_inputs, train=True),
+    )
+    if not error <= TOLERANCE:
+        raise VerificationError(
+            f"the sliced network differs from the masked one by {error:.2e} of its output "
+            f"(allowed: {TOLERANCE:.0e}). An operator rule is wrong; the result is not used. "
+            "Exclude the part of the network with leaf_modules=[...] and please report the model."
+        )
+    return error
+
+
+def difference(reference: Any, other: Any) -> float:
+    """Largest difference of two (nested) results relative to the reference's largest magnitude."""
+    pairs = list(zip(_tensors(reference), _tensors(other), strict=False))
+    if len(pairs) != len(_tensors(reference)) or len(pairs) != len(_tensors(other)):
+        return float("inf")
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
+    worst = 0.0
+    for a, b in pairs:
+        a, b = a.double(), b.double()
+        if a.numel() == 0 or torch.equal(a, b):
+            continue
+        finite = torch.isfinite(a)
+        if not torch.equal(finite, torch.isfinite(b)):
+            return float("inf")
+        a, b = a[finite], b[finite]
+        scale = a.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        worst = max(worst, float((a - b).abs().max() / scale))
+    return worst
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _run(network: nn.Module, inputs: list[Any], train: bool) -> Any:
+    network = copy.deepcopy(network).double()
+    network.eval()
+    for module in network.modules() if train else ():
+        if isinstance(module, _BatchNorm):
+            module.train()
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    with torch.no_grad(), _full_precision():
+        return network(*(map_aggregate(v, lambda t: _to(t, device)) for v in inputs))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _draw_like(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.randn(value.shape, dtype=torch.float64)
+    if value.dtype == torch.bool or value.numel() == 0:
+        return value
+    return torch.randint(int(value.min()), int(value.max()) + 1, value.shape, dtype=value.dtype)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Run outside autocast."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+__all__ = ["TOLERANCE", "difference", "require_equal", "verify"]

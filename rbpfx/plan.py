@@ -1,0 +1,62 @@
+"""The pruning plan: which units of every channel group stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rbpfx.errors import PlanError
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Group name -> indices of the units that stay; groups that are absent stay whole.
+
+    Attributes:
+        kept: For every group its kept units, ascending, each in `range(group.size)`.
+
+    Raises:
+        PlanError: A group keeps no unit, or an index is negative, repeated or no whole number.
+
+    Example:
+        >>> PruningPlan({"conv1": [2, 0]}).kept
+        {'conv1': (0, 2)}
+    """
+
+    kept: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kept = {}
+        for name, indices in self.kept.items():
+            units = tuple(sorted(int(i) for i in indices))
+            if not units:
+                raise PlanError(f"the plan removes every unit of group {name!r}; keep at least one")
+            if units[0] < 0 or len(set(units)) < len(units):
+                raise PlanError(
+                    f"the plan for group {name!r} must list each unit once, from 0 upwards"
+                )
+            kept[str(name)] = units
+        object.__setattr__(self, "kept", kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON types."""
+        return {"kept": {name: list(units) for name, units in self.kept.items()}}
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Read a plan back.
+
+        Raises:
+            PlanError: The text is no plan.
+        """
+        try:
+            kept = json.loads(text)["kept"]
+            return cls({name: list(units) for name, units in kept.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"this is not a pruning plan: {error!r}") from error
