@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from tabulate import tabulate
 
 
@@ -28,9 +29,9 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "torch": _version("torch"),
-        "torchvision": _version("torchvision"),
-        "rbpfx": _version("rbpfx"),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "rbpfx": _installed_version("rbpfx"),
     }
 
 
@@ -43,7 +44,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -90,9 +91,10 @@ class Record:
         if self._environment is None:
             self._environment = len(self.environments)
             self.environments.append(environment())
-        self.rows[key] = {**row, "environment": self._environment}
-        content = {"environments": self.environments, "rows": self.rows}
+        rows = self.rows | {key: {**row, "environment": self._environment}}
+        content = {"environments": self.environments, "rows": rows}
         write_aside(self.path, json.dumps(content, indent=1, default=_as_list) + "\n")
+        self.rows = rows
 
     def table(self, columns: Sequence[str] | None = None) -> str:
         """The rows as a table in GitHub's format.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,12 @@ class PruningPlan:
     def __post_init__(self) -> None:
         kept = {}
         for name, indices in self.kept.items():
-            units = tuple(sorted(int(i) for i in indices))
+            try:
+                units = tuple(sorted(operator.index(i) for i in indices))
+            except TypeError as error:
+                raise PlanError(
+                    f"the plan for group {name!r} must list whole numbers: {error}"
+                ) from error
             if not units:
                 raise PlanError(f"the plan removes every unit of group {name!r}; keep at least one")
             if units[0] < 0 or len(set(units)) < len(units):

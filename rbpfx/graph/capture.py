@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,23 @@ ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 LeafModule = type[nn.Module] | str
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that records `x += y` as what it is: torch.fx would record `x + y`."""
+
+
+def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod"):
+    setattr(_Proxy, f"__{_name}__", _augmented(_name))
+
+
 class Tracer(fx.Tracer):
     """`torch.fx.Tracer` with extra leaf modules, fixed arguments and errors that name the place.
 
@@ -44,6 +62,10 @@ class Tracer(fx.Tracer):
         self.leaf_types = tuple(leaf for leaf in leaf_modules if isinstance(leaf, type))
         self.supplied = supplied
         self.failed_in: str | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that knows in-place operators."""
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of `m` stays one `call_module` node."""
@@ -124,11 +146,9 @@ def trace(
             f"{type(model).__name__} cannot be copied ({error}). rbpfx works on a copy so that "
             "your model stays as it is; detach tensors that the model caches in its attributes."
         ) from error
-    graphs = []
-    for mode in (True, False):
-        root.train(mode)
-        graphs.append(_symbolic_graph(root, leaf_modules, supplied))
-    graph = merge_modes(*graphs, root)
+    in_train = _symbolic_graph(root.train(), leaf_modules, supplied)
+    in_eval = _symbolic_graph(root.eval(), leaf_modules, supplied)
+    graph = merge_modes(in_train, in_eval, root)
     gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
     for name, module in gm.named_modules():
         module.training = training.get(name, model.training)

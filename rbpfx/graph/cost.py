@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from rbpfx.graph.groups import example_batch
+from rbpfx.graph.modes import evaluated_nodes
 from rbpfx.graph.rules.base import find_rule
 
 
@@ -18,9 +19,9 @@ def count_macs(gm: fx.GraphModule) -> int:
         gm: A graph from `rbpfx.trace` or `rbpfx.rewrite`.
 
     Returns:
-        MACs for one example of the size that the graph was captured with.
+        MACs of eval mode for one example of the size that the graph was captured with.
     """
-    rules = ((node, find_rule(node, gm)) for node in gm.graph.nodes)
+    rules = ((node, find_rule(node, gm)) for node in evaluated_nodes(gm.graph))
     total = sum(rule.macs(node, gm) for node, rule in rules if rule is not None)
     return total // example_batch(gm)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rbpfx.errors import RbpfxError
+from rbpfx.graph.aliasing import Memory
 from rbpfx.graph.groups import Analysis, ChannelGroup, example_batch
 from rbpfx.graph.propagation import Read
 from rbpfx.graph.provenance import Atoms
@@ -89,13 +90,13 @@ def apply_mask(
     for name in plan.kept.keys() | multipliers.keys():
         group = analysis.group(name)
         mask = torch.from_numpy(keep[group.channels]).to(_dtype(gm))
-        gates[name] = ConstantGate(mask * multipliers[name].to(mask) if name in multipliers else mask)
+        if name in multipliers:
+            mask = mask * multipliers[name].to(mask)
+        gates[name] = ConstantGate(mask)
     return insert_gates(gm, analysis, gates).to(_device(gm))
 
 
-def channel_multiplier(
-    values: list[Tensor], index: Tensor | None, dim: int, ndim: int
-) -> Tensor:
+def channel_multiplier(values: list[Tensor], index: Tensor | None, dim: int, ndim: int) -> Tensor:
     """Lay gate outputs out along the axis that a read contracts.
 
     Args:
@@ -139,7 +140,8 @@ class _Inserter:
         self.batch = example_batch(gm)
         self.outputs: dict[int, fx.Node] = {}
         self.products: dict[Any, fx.Node] = {}
-        self.indices = 0
+        self.memory = Memory(analysis.gm)
+        self.device = _device(gm)
 
     def insert(self) -> fx.GraphModule:
         self.gm.add_module(CONTAINER, nn.Module())
@@ -148,6 +150,8 @@ class _Inserter:
         for index, group in enumerate(self.analysis.groups):
             if group in groups:
                 name = group.name.replace(".", "_").replace("#", "_")
+                while hasattr(container, name):
+                    name += "_"
                 container.add_module(name, groups[group])
                 self.outputs[index] = self._sampling_node(group, f"{CONTAINER}.{name}")
         for read in self.analysis.reads:
@@ -170,7 +174,7 @@ class _Inserter:
     def _multiply(self, read: Read) -> None:
         node, source = self.twins[read.node], self.twins[read.source]
         key = (source, read.dim, *(id(atoms) for atoms in read.atoms))
-        if key not in self.products or _modified_in_place(source):
+        if key not in self.products or self.memory.writes(read.source):
             value = source
             with self.graph.inserting_before(node):
                 for atoms in read.atoms:
@@ -199,25 +203,11 @@ class _Inserter:
         return self.graph.call_function(channel_multiplier, (values, buffer, read.dim, ndim))
 
     def _index_buffer(self, index: Atoms) -> fx.Node:
-        name = f"index_{self.indices}"
-        self.indices += 1
         container = self.gm.get_submodule(CONTAINER)
-        container.register_buffer(name, torch.from_numpy(index), persistent=False)
+        name = f"index_{len(list(container.buffers(recurse=False)))}"
+        tensor = torch.from_numpy(index).to(self.device)
+        container.register_buffer(name, tensor, persistent=False)
         return self.graph.get_attr(f"{CONTAINER}.{name}")
-
-
-def _modified_in_place(source: fx.Node) -> bool:
-    """Whether some operator may change the value after it was computed."""
-    for user in source.users:
-        name = str(getattr(user.target, "__name__", user.target))
-        if name.endswith("_") and not name.endswith("__"):
-            return True
-        if user.kwargs.get("inplace") or name in ("iadd", "isub", "imul", "setitem"):
-            return True
-        if user.op == "call_module" and user.graph.owning_module is not None:
-            if getattr(user.graph.owning_module.get_submodule(str(user.target)), "inplace", False):
-                return True
-    return False
 
 
 def _dtype(gm: nn.Module) -> torch.dtype:

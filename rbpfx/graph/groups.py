@@ -6,7 +6,7 @@ a *group*, share one noise vector and are decided together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,10 +17,10 @@ from torch import fx
 
 from rbpfx.errors import PlanError, RbpfxError
 from rbpfx.graph.propagation import Contraction, Labels, ParameterAxis, Propagation, Read
-from rbpfx.graph.provenance import Atoms, Block, Label, Solution
+from rbpfx.graph.provenance import Atoms, Block, Keep, Label, Solution
 from rbpfx.plan import PruningPlan
 
-Keep = npt.NDArray[np.bool_]
+_HASH_BASE = np.int64(6364136223846793005)
 UNITS = ("channel", "feature")
 
 
@@ -88,12 +88,14 @@ class Analysis:
         self.channel = solution.channel
         self.group_of = np.full(len(self.channel), -1, dtype=np.int64)
         self.unit_of = np.full(len(self.channel), -1, dtype=np.int64)
-        self.frozen = tuple(_frozen_axes(state, solution))
         self.groups = self._find_groups(state, solution)
+        self.frozen = tuple(self._frozen_axes(state, solution))
+        self._by_name = {group.name: group for group in self.groups}
 
     def __repr__(self) -> str:
         units = sum(g.size for g in self.groups)
-        return f"Analysis({len(self.groups)} groups, {units} units, {len(self.frozen)} frozen axes)"
+        groups, frozen = len(self.groups), len(self.frozen)
+        return f"Analysis({groups} groups, {units} units, {frozen} frozen axes)"
 
     def group(self, name: str) -> ChannelGroup:
         """The group of a name.
@@ -101,11 +103,10 @@ class Analysis:
         Raises:
             PlanError: There is none.
         """
-        for group in self.groups:
-            if group.name == name:
-                return group
-        known = ", ".join(g.name for g in self.groups) or "none"
-        raise PlanError(f"no channel group is called {name!r}; this network has: {known}")
+        if name not in self._by_name:
+            known = ", ".join(self._by_name) or "none"
+            raise PlanError(f"no channel group is called {name!r}; this network has: {known}")
+        return self._by_name[name]
 
     def keep(self, plan: PruningPlan) -> Keep:
         """For every atom, whether a plan keeps it, `(atoms,)`.
@@ -125,7 +126,9 @@ class Analysis:
             keep[group.channels[list(units)]] = True
         return keep[self.channel]
 
-    def gather(self, values: Mapping[str, npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+    def gather(
+        self, values: Mapping[str, npt.NDArray[np.float64] | float]
+    ) -> npt.NDArray[np.float64]:
         """Spread one value per unit over the atoms; 1 where a group is absent, `(atoms,)`."""
         spread = np.ones(len(self.channel))
         for name, value in values.items():
@@ -149,31 +152,36 @@ class Analysis:
         goes. The last unit of a group always stays.
         """
         keep = self.keep(plan)
-        kept = {g.name: keep[g.channels] for g in self.groups}
-        for group in self.groups:
-            alive = np.zeros(group.size, dtype=bool)
-            for read in group.reads:
+        while True:
+            alive = np.zeros(len(keep), dtype=bool)
+            for read in self.reads:
                 live = np.logical_and.reduce([keep[atoms] for atoms in read.atoms])
                 for atoms in read.atoms:
-                    reached = self.channel[atoms[live]]
-                    units = self.unit_of[reached[self.group_of[reached] == self._index(group)]]
-                    alive[units] = True
-            if alive.any():
-                kept[group.name] &= alive
+                    alive[self.channel[atoms[live]]] = True
+            useless = [
+                group.channels[keep[group.channels] & ~alive[group.channels]]
+                for group in self.groups
+                if alive[group.channels].any()
+            ]
+            removed = np.isin(self.channel, np.concatenate([*useless, self.channel[:0]]))
+            if not removed.any():
+                break
+            keep &= ~removed
+        kept = {group.name: keep[group.channels] for group in self.groups}
         return PruningPlan(
             {name: np.flatnonzero(k).tolist() for name, k in kept.items() if not k.all()}
         )
 
     @cached_property
-    def graph(self) -> nx.DiGraph:
+    def graph(self) -> nx.DiGraph[str]:
         """The coupling graph: one node per group, an edge where one is computed from another."""
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[str] = nx.DiGraph()
         for group in self.groups:
             graph.add_node(group.name, size=group.size, macs_per_unit=group.macs_per_unit)
         for contraction in self.contractions:
             if len(contraction.factors) < 2:
                 continue
-            sources, targets = (self._names(factor) for factor in contraction.factors)
+            sources, targets = (self._names(factor) for factor in contraction.factors[:2])
             graph.add_edges_from(
                 (source, target, {"node": contraction.node.name})
                 for source in sources
@@ -185,14 +193,11 @@ class Analysis:
         indices = np.unique(self.group_of[self.channel[np.concatenate(factor)]])
         return [self.groups[i].name for i in indices if i >= 0]
 
-    def _index(self, group: ChannelGroup) -> int:
-        return int(self.group_of[group.channels[0]])
-
     def _find_groups(self, state: Propagation, solution: Solution) -> tuple[ChannelGroup, ...]:
         signature = _signatures(state, solution)
         found: list[tuple[str, Atoms, list[str]]] = []
         position: dict[int, int] = {}
-        for name, atoms in state.producers:
+        for name, atoms in state.producers.items():
             channels = solution.channel[atoms]
             channels = channels[~solution.pinned[channels]]
             _, first = np.unique(channels, return_index=True)
@@ -208,7 +213,7 @@ class Analysis:
             self.group_of[channels] = index
             self.unit_of[channels] = np.arange(len(channels))
         reads = self._reads_by_group(len(found))
-        macs = self._macs_by_group(len(found))
+        macs = self._macs_saved()
         taken: dict[str, int] = {}
         groups = []
         for index, (name, channels, producers) in enumerate(found):
@@ -220,7 +225,7 @@ class Analysis:
                     size=len(channels),
                     producers=tuple(producers),
                     reads=tuple(reads[index]),
-                    macs_per_unit=macs[index] / len(channels),
+                    macs_per_unit=float(macs[channels].mean()),
                     foldable=all(state.absorbs(read) for read in reads[index]),
                     channels=channels,
                 )
@@ -235,15 +240,26 @@ class Analysis:
                 by_group[index].append(read)
         return by_group
 
-    def _macs_by_group(self, count: int) -> npt.NDArray[np.float64]:
-        total = np.zeros(count)
+    def _macs_saved(self) -> npt.NDArray[np.float64]:
+        """For every channel, the multiply-accumulates that go when it goes alone, `(atoms,)`."""
+        saved = np.zeros(len(self.channel))
         batch = example_batch(self.gm)
         for contraction in self.contractions:
-            for atoms in (a for factor in contraction.factors for a in factor):
-                touched = self.group_of[self.channel[atoms]]
-                share = np.bincount(touched[touched >= 0], minlength=count) / len(atoms)
-                total += share * contraction.macs / batch
-        return total
+            factors = [self.channel[np.concatenate(factor)] for factor in contraction.factors]
+            touched = np.unique(np.concatenate(factors))
+            left = np.ones(len(touched))
+            for channels, factor in zip(factors, contraction.factors, strict=True):
+                count = np.bincount(np.searchsorted(touched, channels), minlength=len(touched))
+                left *= 1 - count / max(len(factor[0]), 1)
+            saved[touched] += contraction.macs / batch * (1 - left)
+        return saved
+
+    def _frozen_axes(self, state: Propagation, solution: Solution) -> Iterator[FrozenAxis]:
+        for name, atoms in state.producers.items():
+            stay = atoms[self.group_of[solution.channel[atoms]] < 0]
+            if len(stay):
+                reasons = (reason or "no other unit like it" for reason in solution.reasons(stay))
+                yield FrozenAxis(name, len(stay), len(atoms), "; ".join(reasons))
 
 
 def analyze(gm: fx.GraphModule, *, unit: str = "channel") -> Analysis:
@@ -270,15 +286,8 @@ def analyze(gm: fx.GraphModule, *, unit: str = "channel") -> Analysis:
         )
     state = Propagation(gm, unit).run()
     solution = state.identities.solve()
-    joint = [
-        block
-        for labels in state.labels.values()
-        for label in (labels if isinstance(labels, tuple) else (labels,))
-        if isinstance(label, Label)
-        for block in label.blocks
-        if len(block.dims) > 1
-    ]
-    while any([_make_rectangular(state, solution, block) for block in joint]):
+    joint = [block for block in _blocks(state) if len(block.dims) > 1]
+    while sum(_make_rectangular(state, solution, block) for block in joint):
         solution = state.identities.solve()
     return Analysis(state, solution)
 
@@ -313,26 +322,24 @@ def _make_rectangular(state: Propagation, solution: Solution, block: Block) -> b
 
 
 def _signatures(state: Propagation, solution: Solution) -> Atoms:
-    """For every channel a number that tells the set of producers it appears on, `(atoms,)`."""
+    """For every channel a number that tells the set of axes it appears on, `(atoms,)`.
+
+    Every axis is then a union of whole groups, and as every group keeps a unit, no axis can
+    ever become empty.
+    """
+    axes = {id(atoms): atoms for atoms in state.producers.values()}
+    axes |= {id(block.atoms): block.atoms for block in _blocks(state)}
+    # A polynomial hash in 64-bit arithmetic: no set has to be built or sorted.
+    draws = np.random.default_rng(0).integers(2**62, size=len(axes))
     signature = np.zeros(len(solution.channel), dtype=np.int64)
-    count = 0
-    for _, atoms in state.producers:
-        channels = np.unique(solution.channel[atoms])
-        channels = channels[~solution.pinned[channels]]
-        before, renumbered = np.unique(signature[channels], return_inverse=True)
-        signature[channels] = count + 1 + renumbered
-        count += len(before)
+    for atoms, draw in zip(axes.values(), draws, strict=True):
+        channels = solution.channel[atoms]
+        signature[channels] = signature[channels] * _HASH_BASE + draw
     return signature
 
 
-def _frozen_axes(state: Propagation, solution: Solution) -> list[FrozenAxis]:
-    axes = []
-    for name, atoms in state.producers:
-        channels = solution.channel[atoms]
-        stay = channels[solution.pinned[channels]]
-        if len(stay):
-            reasons = dict.fromkeys(solution.reasons[int(root)] for root in np.unique(stay))
-            axes.append(FrozenAxis(name, len(stay), len(atoms), "; ".join(reasons)))
-        elif len(np.unique(channels)) == 1:
-            axes.append(FrozenAxis(name, len(atoms), len(atoms), "only one unit"))
-    return axes
+def _blocks(state: Propagation) -> Iterator[Block]:
+    for labels in state.labels.values():
+        for label in labels if isinstance(labels, tuple) else (labels,):
+            if isinstance(label, Label):
+                yield from label.blocks

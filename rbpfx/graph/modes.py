@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 from torch.fx.node import Argument, map_arg
+from torch.utils._pytree import tree_leaves
 
 from rbpfx.errors import CaptureError
+from rbpfx.graph.aliasing import modifies_in_place
 
 T = TypeVar("T")
 
@@ -33,6 +35,20 @@ def by_mode(training: bool, in_train: T, in_eval: T) -> T:
     return in_train if training else in_eval
 
 
+def evaluated_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes on which the results of eval mode depend."""
+    needed: set[fx.Node] = set()
+    waiting = [node for node in graph.nodes if node.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        read = tree_leaves(node.args[2]) if node.target is by_mode else node.all_input_nodes
+        waiting.extend(leaf for leaf in read if isinstance(leaf, fx.Node))
+    return needed
+
+
 def merge_modes(train: fx.Graph, evaluate: fx.Graph, root: nn.Module) -> fx.Graph:
     """One graph that computes `train` in train mode and `evaluate` in eval mode.
 
@@ -42,8 +58,8 @@ def merge_modes(train: fx.Graph, evaluate: fx.Graph, root: nn.Module) -> fx.Grap
         root: The traced module; gets a `TrainingMode` submodule if the traces differ.
 
     Raises:
-        CaptureError: A module with running statistics is called in eval mode only, so that no
-            single graph can keep its state right.
+        CaptureError: A module with running statistics is called in eval mode only, or a value is
+            modified in place in one mode only, so that no single graph can be right.
     """
     return _Merger(train, evaluate, root).merge()
 
@@ -65,6 +81,10 @@ class _Merger:
                 self._merge_output(node)
             else:
                 self.twin[node] = self._find(node) or self._copy(node)
+        shared = set(self.twin.values())
+        for node in (n for candidates in self.waiting.values() for n in candidates):
+            if node.op != "output" and any(n in shared for n in node.all_input_nodes[:1]):
+                self._refuse_in_place(node)
         return self.graph
 
     def _find(self, node: fx.Node) -> fx.Node | None:
@@ -91,9 +111,19 @@ class _Merger:
                     "values in train and in eval mode; keep the module around it whole with "
                     "leaf_modules=[...]."
                 )
+        self._refuse_in_place(node)
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         with self.graph.inserting_before(output):
             return self.graph.node_copy(node, lambda n: self.twin[n])
+
+    def _refuse_in_place(self, node: fx.Node) -> None:
+        """Both modes run every node, so none may change what the other mode reads."""
+        if modifies_in_place(node, self.root):
+            raise CaptureError(
+                f"{node.name!r} modifies a value in place in one of train and eval mode only; "
+                "use the operator that returns a new tensor, or keep the module around it whole "
+                "with leaf_modules=[...]."
+            )
 
     def _merge_output(self, node: fx.Node) -> None:
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
@@ -135,7 +165,7 @@ class _Merger:
 
 def _same_but_constants(node: fx.Node, wanted: Any) -> bool:
     """Whether a node reads the same values as `wanted`, apart from constants."""
-    return _skeleton((node.args, node.kwargs)) == _skeleton(wanted)
+    return bool(_skeleton((node.args, node.kwargs)) == _skeleton(wanted))
 
 
 def _skeleton(args: Argument) -> Any:

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from rbpfx.graph.aliasing import Memory
+from rbpfx.graph.modes import evaluated_nodes
 from rbpfx.graph.provenance import Atoms, Block, Identities, Label
-from rbpfx.graph.rules.base import find_rule, operator_name, shape_of
+from rbpfx.graph.rules.base import find_rule, operator_name, shape_of, submodule
 
 Labels: TypeAlias = Label | tuple["Label | None", ...] | None
 ParameterAxis: TypeAlias = tuple[str, int]
@@ -97,11 +99,10 @@ class Propagation:
         labels: Node -> label of its value (a tuple for several values, None for no tensor).
         axes: (parameter, dim) -> its atoms.
         features: (parameter, dim) -> atoms of the flattened features that it reads.
-        producers: Axes that bring channels to life, in graph order: (name for users, atoms).
+        producers: Axes that bring channels to life, in graph order: name for users -> atoms.
         unknown: Operators without a rule: node -> operator name.
-        uses: How often every parameter is used as a weight.
+        uses: How often every parameter is used.
         read_uses: How often every parameter axis meets a contracted axis.
-        fetched: Parameters and buffers that the graph fetches by name.
     """
 
     gm: fx.GraphModule
@@ -110,13 +111,12 @@ class Propagation:
     labels: dict[fx.Node, Labels] = field(default_factory=dict)
     axes: dict[ParameterAxis, Atoms] = field(default_factory=dict)
     features: dict[ParameterAxis, Atoms] = field(default_factory=dict)
-    producers: list[tuple[str, Atoms]] = field(default_factory=list)
+    producers: dict[str, Atoms] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     unknown: dict[fx.Node, str] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     read_uses: Counter[ParameterAxis] = field(default_factory=Counter)
-    fetched: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         tensors = (
@@ -126,6 +126,7 @@ class Propagation:
         first: dict[int, str] = {}
         self._canonical = {name: first.setdefault(id(t), name) for name, t in tensors}
         self._feature_atoms: dict[tuple[fx.Node, int], Atoms] = {}
+        self._evaluated = evaluated_nodes(self.gm.graph)
 
     # -- what rules ask -------------------------------------------------------------------
 
@@ -149,7 +150,7 @@ class Propagation:
     def operand(self, node: fx.Node, position: int, name: str) -> Operand | None:
         """A weight-like input: the module's tensor `name`, or the call's argument."""
         if node.op == "call_module":
-            tensor = getattr(self.gm.get_submodule(str(node.target)), name, None)
+            tensor = getattr(submodule(self.gm, str(node.target)), name, None)
             if not isinstance(tensor, Tensor):
                 return None
             qualified = f"{node.target}.{name}"
@@ -177,8 +178,7 @@ class Propagation:
         atoms = operand.axis(dim)
         if operand.name is not None:
             name = str(node.target) if node.op == "call_module" else operand.name
-            if name not in (known for known, _ in self.producers):
-                self.producers.append((name, atoms))
+            self.producers.setdefault(name, atoms)
         return atoms
 
     def read(
@@ -208,9 +208,9 @@ class Propagation:
         dim %= label.ndim
         atoms: tuple[Atoms, ...] = (self.axis(label, dim, _untracked_reason(source)),)
         axis = operand.parameter_axis(weight_dim)
-        flattened = len(np.unique(atoms[0])) < len(atoms[0])
-        if split_features and flattened and self.unit == "feature" and axis is not None:
-            atoms = (*atoms, self._flattened_features(node, source, dim, axis))
+        if split_features and self.unit == "feature" and axis is not None:
+            if len(np.unique(atoms[0])) < len(atoms[0]):
+                atoms = (*atoms, self._flattened_features(node, source, dim, axis))
         self.reads.append(Read(node, source, dim, atoms, axis))
         if axis is not None:
             self.read_uses[axis] += 1
@@ -223,14 +223,17 @@ class Propagation:
         """
         if read.weight is None:
             return False
-        name = read.weight[0]
-        return name not in self.fetched and self.uses[name] == self.read_uses[read.weight]
+        return self.uses[read.weight[0]] == self.read_uses[read.weight]
 
     def contract(self, node: fx.Node, *factors: tuple[Atoms, ...]) -> None:
-        """Record what an operator costs, as a function of the shares kept of its axes."""
+        """Record what an operator costs, as a function of the shares kept of its axes.
+
+        Contracted and produced channels come first. What only train mode runs costs nothing.
+        """
         rule = find_rule(node, self.gm)
         assert rule is not None
-        self.contractions.append(Contraction(node, rule.macs(node, self.gm), factors))
+        macs = rule.macs(node, self.gm) if node in self._evaluated else 0
+        self.contractions.append(Contraction(node, macs, factors))
 
     def pin(self, labels: Labels, reason: str) -> None:
         """Pin everything a label follows."""
@@ -255,7 +258,22 @@ class Propagation:
                     self.pin(self.labels.get(source), "output of the model")
             elif node.op != "placeholder":
                 self.labels[node] = self._step(node)
+        self._pin_entangled()
+        self._pin_shared_features()
         return self
+
+    def _pin_entangled(self) -> None:
+        """Pin values that are changed in place through a view, and seen changed afterwards."""
+        for write, holders in Memory(self.gm).entangled():
+            for holder in holders:
+                self.pin(self.labels.get(holder), f"changed in place by {write.name!r}")
+
+    def _pin_shared_features(self) -> None:
+        """Pin features of a weight that is used in any other way than to read them."""
+        readers = Counter(read.weight for read in self.reads if len(read.atoms) > 1)
+        for axis, atoms in self.features.items():
+            if not self.uses[axis[0]] == self.read_uses[axis] == readers[axis]:
+                self.identities.pin(atoms, f"parameter {axis[0]!r} has other uses")
 
     def _step(self, node: fx.Node) -> Labels:
         rule = find_rule(node, self.gm)
@@ -272,8 +290,7 @@ class Propagation:
         for labels in touched:
             self.pin(labels, reason)
         if node.op == "call_module":
-            for parameter, _ in self.gm.get_submodule(str(node.target)).named_parameters():
-                self._pin_parameter(f"{node.target}.{parameter}", reason)
+            self._pin_tensors(str(node.target), reason)
         return unfollowed(node)
 
     def _packed(self, value: object) -> Label | None:
@@ -284,10 +301,14 @@ class Propagation:
             return None
         return label
 
-    def _pin_parameter(self, name: str, reason: str) -> None:
-        canonical = self._canonical[name]
-        for dim, size in enumerate(self.gm.get_parameter(canonical).shape):
-            self.identities.pin(self.parameter_axis(canonical, dim, size), reason)
+    def _pin_tensors(self, target: str, reason: str) -> None:
+        """Pin the parameters and buffers of a module."""
+        module = self.gm.get_submodule(target)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            canonical = self._canonical[f"{target}.{name}"]
+            self.uses[canonical] += 1
+            for dim, size in enumerate(tensor.shape):
+                self.identities.pin(self.parameter_axis(canonical, dim, size), reason)
 
     def _attribute(self, node: fx.Node) -> str | None:
         """Canonical name of the parameter or buffer that a get_attr node fetches."""
@@ -297,7 +318,7 @@ class Propagation:
         name = self._attribute(node)
         if name is None:
             return unfollowed(node)
-        self.fetched.add(name)
+        self.uses[name] += len(node.users)
         shape = shape_of(node)
         return Label(
             shape,
@@ -315,7 +336,7 @@ class Propagation:
         if key not in self._feature_atoms:
             self._feature_atoms[key] = self.identities.new(self.label(source).shape[dim])
             reader = str(node.target) if node.op == "call_module" else axis[0]
-            self.producers.append((f"{reader}.features", self._feature_atoms[key]))
+            self.producers[f"{reader}.features"] = self._feature_atoms[key]
         atoms = self._feature_atoms[key]
         if axis in self.features:
             self.identities.tie(self.features[axis], atoms)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 Atoms: TypeAlias = npt.NDArray[np.int64]
+Keep: TypeAlias = npt.NDArray[np.bool_]
 Index: TypeAlias = int | slice | Atoms
 
 
@@ -131,7 +132,8 @@ class Identities:
     def tie(self, first: Atoms, second: Atoms) -> None:
         """Make `first` and `second` (broadcast against each other) one channel, index by index."""
         if first is not second:
-            first, second = np.broadcast_arrays(first, second)
+            if first.shape != second.shape:
+                first, second = np.broadcast_arrays(first, second)
             self._ties.append((first.ravel(), second.ravel()))
 
     def pin(self, atoms: Atoms, reason: str) -> None:
@@ -146,14 +148,12 @@ class Identities:
             first = np.concatenate([a for a, _ in self._ties])
             second = np.concatenate([b for _, b in self._ties])
             channel = _components(self._count, first, second)
-        pinned = np.zeros(self._count, dtype=bool)
-        reasons: dict[int, str] = {}
-        for atoms, reason in self._pins:
-            roots = np.unique(channel[atoms])
-            for root in roots[~pinned[roots]]:
-                reasons[int(root)] = reason
-            pinned[roots] = True
-        return Solution(channel, pinned[channel], reasons)
+        reason = np.zeros(self._count, dtype=np.int64)
+        for code, (atoms, _) in reversed(list(enumerate(self._pins, start=1))):
+            reason[channel[atoms]] = code
+        reason = reason[channel]
+        texts = ("", *(text for _, text in self._pins))
+        return Solution(channel, reason > 0, reason, texts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,12 +163,18 @@ class Solution:
     Attributes:
         channel: For every atom, the representative of the channel it belongs to, `(atoms,)`.
         pinned: For every atom, whether its channel must stay, `(atoms,)`.
-        reasons: Representative of a pinned channel -> the first reason given.
+        reason: For every atom, the place in `texts` of the first reason to pin it, `(atoms,)`.
+        texts: The reasons; the first one is empty.
     """
 
     channel: Atoms
-    pinned: npt.NDArray[np.bool_]
-    reasons: dict[int, str]
+    pinned: Keep
+    reason: Atoms
+    texts: tuple[str, ...]
+
+    def reasons(self, atoms: Atoms) -> list[str]:
+        """Why these atoms stay, every reason once."""
+        return list(dict.fromkeys(self.texts[code] for code in np.unique(self.reason[atoms])))
 
 
 def _components(count: int, first: Atoms, second: Atoms) -> Atoms:

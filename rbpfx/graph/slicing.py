@@ -8,6 +8,7 @@ attributes of modules and the constants in the graph.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,12 @@ from torch import Tensor, fx, nn
 
 from rbpfx.errors import PlanError
 from rbpfx.graph.capture import record_metadata
-from rbpfx.graph.provenance import Label
+from rbpfx.graph.provenance import Atoms, Keep, Label
 from rbpfx.graph.rules.base import find_rule, shape_of
 from rbpfx.plan import PruningPlan
 
 if TYPE_CHECKING:
-    from rbpfx.graph.groups import Analysis, Keep
+    from rbpfx.graph.groups import Analysis
     from rbpfx.graph.propagation import Labels, Read
 
 Multipliers = Mapping[str, Tensor]
@@ -68,9 +69,9 @@ def rewrite(
     return emitted
 
 
-def kept_indices(analysis: Analysis, keep: Keep) -> dict[str, dict[int, npt.NDArray[np.int64]]]:
+def kept_indices(analysis: Analysis, keep: Keep) -> dict[str, dict[int, Atoms]]:
     """For every parameter and buffer that shrinks: axis -> the indices that stay."""
-    shrunk: dict[str, dict[int, npt.NDArray[np.int64]]] = {}
+    shrunk: dict[str, dict[int, Atoms]] = {}
     for (name, dim), atoms in analysis.axes.items():
         stays = keep[atoms]
         if (name, dim) in analysis.features:
@@ -183,8 +184,7 @@ class Slicing:
         if block is None:
             return np.ones(label.shape[dim], dtype=bool)
         others = tuple(a for a, d in enumerate(block.dims) if d != dim)
-        stays: Keep = self.keep[block.atoms].any(axis=others)
-        return stays
+        return np.asarray(self.keep[block.atoms].any(axis=others))
 
     def sizes(self, label: Label) -> dict[int, int]:
         """Followed axis -> its new size."""
@@ -195,16 +195,29 @@ class Slicing:
         """Axis that shrinks -> its new size."""
         return {d: size for d, size in self.sizes(label).items() if size != label.shape[d]}
 
-    def select(
-        self, before: fx.Node, value: fx.Node, dim: int, positions: npt.NDArray[np.int64]
-    ) -> fx.Node:
+    def own_module(self, twin: fx.Node) -> nn.Module | None:
+        """The module that an emitted call calls, copied if other calls use it too."""
+        if twin.op != "call_module":
+            return None
+        name = str(twin.target)
+        module = self.gm.get_submodule(name)
+        calls = [n for n in self.gm.graph.nodes if n.op == "call_module" and n.target == name]
+        if len(calls) > 1:
+            module = copy.deepcopy(module)
+            twin.target = self._free_name(name)
+            self.gm.add_submodule(twin.target, module)
+        return module
+
+    def select(self, before: fx.Node, value: fx.Node, dim: int, positions: Atoms) -> fx.Node:
         """Insert `index_select(value, dim, positions)` in front of a node."""
-        count = sum(name.startswith("kept_positions") for name, _ in self.gm.named_buffers())
-        name = f"kept_positions_{count}"
-        self.gm.register_buffer(name, torch.from_numpy(positions.astype(np.int64)))
+        name = self._free_name("kept_positions")
+        device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
+        index = torch.from_numpy(positions.astype(np.int64)).to(device)
+        # A constant of the graph, like a padding: the state_dict keeps the keys of the model.
+        self.gm.register_buffer(name, index, persistent=False)
         with self.gm.graph.inserting_before(before):
-            index = self.gm.graph.get_attr(name)
-            return self.gm.graph.call_function(torch.index_select, (value, dim, index))
+            node = self.gm.graph.get_attr(name)
+            return self.gm.graph.call_function(torch.index_select, (value, dim, node))
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Let another node stand for `node` from here on."""
@@ -220,6 +233,12 @@ class Slicing:
         for user in list(twin.users):
             user.args = _substituted(user.args, twin, value)
             user.kwargs = _substituted(user.kwargs, twin, value)
+
+    def _free_name(self, name: str) -> str:
+        numbered = (f"{name}_{i}" for i in itertools.count())
+        owner, _, _ = name.rpartition(".")
+        parent = self.gm.get_submodule(owner)
+        return next(n for n in numbered if not hasattr(parent, n.rpartition(".")[2]))
 
 
 def _substituted(args: Any, old: fx.Node, new: int) -> Any:

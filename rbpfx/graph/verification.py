@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from rbpfx.errors import VerificationError
 from rbpfx.graph.capture import ExampleInputs, bind_inputs
-from torch.fx.node import map_aggregate
 
 TOLERANCE = 1e-9
 
@@ -52,9 +52,7 @@ def verify(
     return difference(*outputs)
 
 
-def require_equal(
-    masked: nn.Module, pruned: nn.Module, example_inputs: ExampleInputs
-) -> float:
+def require_equal(masked: nn.Module, pruned: nn.Module, example_inputs: ExampleInputs) -> float:
     """`verify` in eval mode and with batch statistics; the larger of the two.
 
     Raises:

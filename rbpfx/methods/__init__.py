@@ -1,0 +1,77 @@
+"""Noise methods: which distribution a group's multipliers have and when a unit is redundant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from rbpfx.errors import RbpfxError
+from rbpfx.graph.gates import insert_gates
+from rbpfx.graph.groups import Analysis
+from rbpfx.methods.base import Method, NoiseGate, Phase
+from rbpfx.methods.rbp import RBP
+
+METHODS: dict[str, type[Method]] = {"rbp": RBP}
+
+
+def find_method(method: str | Method) -> Method:
+    """A method by name, or the object itself.
+
+    Raises:
+        RbpfxError: No method has that name.
+    """
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise RbpfxError(f"no method is called {method!r}; there are: {', '.join(METHODS)}")
+    return METHODS[method]()
+
+
+def insert_noise(
+    gm: fx.GraphModule,
+    analysis: Analysis,
+    method: str | Method = "rbp",
+    *,
+    groups: Iterable[str] | None = None,
+) -> fx.GraphModule:
+    """Insert trainable noise: one sampling node per group, a multiplication at every read.
+
+    Args:
+        gm: The analysed graph.
+        analysis: What `rbpfx.analyze` found.
+        method: A method's name or a method.
+        groups: Names of the groups that get noise; all of them by default.
+
+    Returns:
+        A new graph. In train mode every group's multipliers are drawn once per example and call
+        and used at all reads; in eval mode they are the posterior means. `noise_gates` lists the
+        gates.
+    """
+    method = find_method(method)
+    names = [g.name for g in analysis.groups] if groups is None else list(groups)
+    gates = {name: method.gate(analysis.group(name)) for name in names}
+    noisy = insert_gates(gm, analysis, gates)
+    reference = next((p for p in gm.parameters() if p.is_floating_point()), torch.empty(0))
+    for name, gate in gates.items():
+        gate.to(reference)
+        gate.group = name
+    return noisy
+
+
+def noise_gates(noisy: fx.GraphModule) -> list[NoiseGate]:
+    """The noise gates of a graph, in the order of the groups."""
+    return [module for module in noisy.modules() if isinstance(module, NoiseGate)]
+
+
+__all__ = [
+    "METHODS",
+    "RBP",
+    "Method",
+    "NoiseGate",
+    "Phase",
+    "find_method",
+    "insert_noise",
+    "noise_gates",
+]

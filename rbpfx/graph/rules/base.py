@@ -36,6 +36,8 @@ class Rule:
         return 0
 
 
+# Names that torch accepts for its own.
+_NUMPY_NAMES = {"dim": "axis", "keepdim": "keepdims"}
 _REGISTRY: dict[Hashable, Rule] = {}
 R = TypeVar("R", bound=Rule)
 
@@ -56,11 +58,26 @@ def register(rule: R, *operators: Hashable) -> R:
 
 
 def find_rule(node: fx.Node, gm: fx.GraphModule) -> Rule | None:
-    """The rule of a node: by module class (or its nearest base), function or method name."""
-    if node.op == "call_module":
-        classes = type(gm.get_submodule(str(node.target))).__mro__
-        return next((_REGISTRY[c] for c in classes if c in _REGISTRY), None)
-    return _REGISTRY.get(node.target)
+    """The rule of a node: by module class, function or method name.
+
+    A subclass shares the rule of its nearest registered base as long as it inherits `forward`.
+    """
+    if node.op != "call_module":
+        return _REGISTRY.get(node.target)
+    cls = type(submodule(gm, str(node.target)))
+    base = next((c for c in cls.__mro__ if c in _REGISTRY), None)
+    if base is None or getattr(cls, "forward", None) is not getattr(base, "forward", None):
+        return None
+    return _REGISTRY[base]
+
+
+def submodule(root: nn.Module, target: str) -> nn.Module:
+    """`root.get_submodule(target)` without its checks, which cost more than the analysis."""
+    for name in target.split("."):
+        module = root._modules[name]
+        assert module is not None
+        root = module
+    return root
 
 
 def operator_name(node: fx.Node, gm: fx.GraphModule) -> str:
@@ -77,10 +94,10 @@ def operator_name(node: fx.Node, gm: fx.GraphModule) -> str:
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a call by position or name, whichever the call used."""
+    """An argument of a call by position or name (torch's or numpy's), whichever the call used."""
     if len(node.args) > position:
         return node.args[position]
-    return node.kwargs.get(name, default)
+    return node.kwargs.get(name, node.kwargs.get(_NUMPY_NAMES.get(name, name), default))
 
 
 def set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
@@ -100,7 +117,7 @@ def tensor_input(node: fx.Node) -> fx.Node:
 
 def module_of(node: fx.Node, gm: fx.GraphModule) -> nn.Module | None:
     """The module that a `call_module` node calls; None for functions and methods."""
-    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return submodule(gm, str(node.target)) if node.op == "call_module" else None
 
 
 def setting(node: fx.Node, gm: fx.GraphModule, position: int, name: str, default: Any) -> Any:

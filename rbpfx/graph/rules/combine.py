@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from rbpfx.graph.modes import by_mode
 from rbpfx.graph.propagation import Labels, Propagation, unfollowed
 from rbpfx.graph.provenance import Block, Label
-from rbpfx.graph.rules.base import Rule, register, shape_of
+from rbpfx.graph.rules.base import Rule, argument, register, shape_of, value_of
 
 
 def broadcast(state: Propagation, labels: Sequence[Label], shape: Sequence[int]) -> Label:
@@ -61,7 +62,7 @@ def _whole_along(label: Label, dims: Sequence[int], ndim: int) -> bool:
 
 
 class Combine(Rule):
-    """Element-wise with two or more tensors: add, mul, where, ... (any function of equals)."""
+    """Element-wise with several tensors: add, mul, where, expand_as, ... (any function)."""
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Tie the operands' channels together, index by index."""
@@ -86,11 +87,9 @@ class Concatenate(Rule):
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Concatenate along `dim`, tie along all other axes."""
-        tensors = node.args[0] if node.args else node.kwargs["tensors"]
-        labels = [state.label(n) for n in tensors]  # type: ignore[union-attr]
+        labels = _sequence(argument(node, 0, "tensors"), state)
         shape = shape_of(node)
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        dim %= len(shape)  # type: ignore[operator,assignment]
+        dim = int(value_of(argument(node, 1, "dim", 0))) % len(shape)
         followed = any(label.block(dim) is not None for label in labels)
         axis = [state.axis(label, dim, "concatenated") for label in labels] if followed else []
         others = broadcast(
@@ -104,6 +103,27 @@ class Concatenate(Rule):
         return Label(shape, tuple(blocks))
 
 
+class Stack(Rule):
+    """`torch.stack`: equals side by side along a new axis."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Insert the axis, tie along all others."""
+        shape = shape_of(node)
+        dim = int(value_of(argument(node, 1, "dim", 0))) % len(shape)
+        labels = [label.unsqueezed(dim) for label in _sequence(argument(node, 0, "tensors"), state)]
+        return broadcast(state, labels, _with(shape, dim, 1)).with_shape(shape)
+
+
+def _sequence(tensors: Any, state: Propagation) -> list[Label]:
+    """Labels of a sequence of tensors: nodes, or one node whose value is a sequence."""
+    if not isinstance(tensors, fx.Node):
+        return [state.label(node) for node in tensors]
+    labels = state.labels.get(tensors)
+    if isinstance(labels, tuple):
+        return [label for label in labels if isinstance(label, Label)]
+    return [Label(tuple(value.shape)) for value in tensors.meta["val"]]
+
+
 def _with(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
     return tuple(size if d == dim else n for d, n in enumerate(shape))
 
@@ -111,7 +131,7 @@ def _with(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
 _FUNCTIONS = (
     "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod "
     "maximum minimum pow where atan2 lerp addcmul addcdiv eq ne lt le gt ge "
-    "logical_and logical_or logical_xor masked_fill type_as"
+    "logical_and logical_or logical_xor masked_fill clamp clamp_min clamp_max clip expand_as"
 ).split()
 COMBINE = register(Combine())
 for _name in _FUNCTIONS:
@@ -127,3 +147,4 @@ for _name in "add sub mul truediv floordiv mod pow".split():
 register(COMBINE, *(getattr(operator, _name) for _name in "eq ne lt le gt ge".split()))
 register(ByMode(), by_mode)
 register(Concatenate(), torch.cat, torch.concat, torch.concatenate)
+register(Stack(), torch.stack)

@@ -81,6 +81,7 @@ class Convolution(Rule):
         inputs = state.axis(state.label(source), dim, "input of a depthwise convolution")
         outputs = np.repeat(inputs, shape_of(node)[dim] // len(inputs))
         weight.bind(0, inputs if self.transposed else outputs)
+        weight.pin_rest(0)
         state.contract(node, (outputs,))
         return outputs
 

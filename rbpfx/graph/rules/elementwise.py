@@ -14,7 +14,15 @@ from torchvision.ops import StochasticDepth, stochastic_depth
 
 from rbpfx.graph.propagation import Labels, Propagation, unfollowed
 from rbpfx.graph.provenance import Label
-from rbpfx.graph.rules.base import Rule, module_of, register, shape_of, tensor_input
+from rbpfx.graph.rules.base import (
+    Rule,
+    argument,
+    module_of,
+    register,
+    shape_of,
+    tensor_input,
+    value_of,
+)
 from rbpfx.graph.slicing import Slicing
 
 
@@ -68,19 +76,35 @@ class Glimpse(Rule):
         label = state.labels.get(tensor_input(node))
         if not isinstance(label, Label):
             return
-        new_sizes = state.changed_sizes(label)
+        original = {d: label.shape[d] for d in state.changed_sizes(label)}
         whole = node.target == "size" or (node.target is getattr and node.args[1] == "shape")
-        if not new_sizes or not whole:
+        if not original or not whole:
             return
         if isinstance(node.meta.get("val"), int):
-            dim = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
-            if dim % label.ndim in new_sizes:  # type: ignore[operator]
-                state.replace_by_constant(node, node.meta["val"])
+            asked = int(value_of(argument(node, 1, "dim"))) % label.ndim
+            if asked in original:
+                state.replace_by_constant(node, original[asked])
             return
-        for user in node.users:
+        for user in list(node.users):
             dim = user.args[1] if user.target is operator.getitem else None
-            if isinstance(dim, int) and dim % label.ndim in new_sizes:
-                state.replace_by_constant(user, label.shape[dim])
+            if not isinstance(dim, int):
+                _restore_sizes(user, node, original, state)
+            elif dim % label.ndim in original:
+                state.replace_by_constant(user, original[dim % label.ndim])
+
+
+def with_sizes(shape: torch.Size, dims: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Size:
+    """A shape with some axes at other sizes."""
+    changed = dict(zip(dims, sizes, strict=True))
+    return torch.Size(changed.get(d, n) for d, n in enumerate(shape))
+
+
+def _restore_sizes(user: fx.Node, node: fx.Node, original: dict[int, int], state: Slicing) -> None:
+    """Hand a user of a whole shape the original one."""
+    user, node = state.twin(user), state.twin(node)
+    with state.gm.graph.inserting_before(user):
+        args = (node, tuple(original), tuple(original.values()))
+        user.replace_input_with(node, state.gm.graph.call_function(with_sizes, args))
 
 
 _MODULES = (
@@ -94,9 +118,10 @@ _FUNCTIONS = (
     "tanhshrink hardshrink softshrink logsigmoid threshold threshold_ dropout dropout1d dropout2d "
     "dropout3d alpha_dropout feature_alpha_dropout dropout_ alpha_dropout_ feature_dropout "
     "abs abs_ neg neg_ negative exp exp_ log log_ log1p expm1 sqrt sqrt_ rsqrt square sign sin cos "
-    "erf reciprocal sigmoid_ tanh_ clamp clamp_ clamp_min clamp_max clip clip_ floor ceil round "
+    "erf reciprocal sigmoid_ tanh_ floor ceil round "
     "nan_to_num logical_not isnan clone detach zeros_like ones_like full_like rand_like "
-    "contiguous to type float double half bfloat16 int long bool cpu cuda requires_grad_ zero_"
+    "contiguous to type type_as float double half bfloat16 int long bool cpu cuda "
+    "requires_grad_ zero_"
 ).split()
 ELEMENTWISE = register(Elementwise(), *(getattr(nn, name) for name in _MODULES))
 for _name in _FUNCTIONS:
@@ -109,5 +134,5 @@ register(ELEMENTWISE, operator.neg, operator.abs, operator.pos)
 # Stochastic depth drops whole rows or the whole batch, never single channels.
 register(ELEMENTWISE, stochastic_depth, StochasticDepth)
 register(PReLU(), nn.PReLU, F.prelu, torch.prelu, "prelu")
-register(Glimpse(), "size", "dim", "is_floating_point", "is_contiguous", "stride", "get_device")
+register(Glimpse(), "size", "dim", "is_floating_point", "get_device")
 register(Glimpse(), getattr)

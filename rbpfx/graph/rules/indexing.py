@@ -11,14 +11,13 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from rbpfx.graph.propagation import Labels, Propagation, unfollowed
-from rbpfx.graph.provenance import Block, Label
+from rbpfx.graph.provenance import Atoms, Block, Keep, Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
     module_of,
     register,
     set_argument,
-    setting,
     shape_of,
     tensor_input,
     value_of,
@@ -51,7 +50,7 @@ class GetItem(Rule):
             elif isinstance(item, int):
                 block = label.block(dim)
                 if block is not None:
-                    picked = block.atoms.take(item, axis=block.dims.index(dim))
+                    picked = block.atoms.take([item], axis=block.dims.index(dim))
                     state.identities.pin(picked, f"picked by its number ({node.name!r})")
                 label = label.indexed(dim, item)
                 continue
@@ -189,7 +188,7 @@ class Pad(Rule):
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """New channels on both sides; other kinds of padding pin the axes they pad."""
         label = state.label(tensor_input(node))
-        constant = _pad_setting(node, state.gm, 2, "mode", "constant") == "constant"
+        constant = _is_constant(node, state.gm)
         blocks = []
         for block in label.blocks:
             padded = {d: p for d, p in _amounts(node, state.gm, label).items() if d in block.dims}
@@ -203,7 +202,7 @@ class Pad(Rule):
 
     def _padded(
         self, block: Block, padded: dict[int, tuple[int, int]], state: Propagation
-    ) -> np.ndarray[Any, np.dtype[np.int64]]:
+    ) -> Atoms:
         left, right = padded[block.dims[0]]
         inner = block.atoms[max(-left, 0) : len(block.atoms) - max(-right, 0)]
         new = state.identities.new
@@ -212,48 +211,93 @@ class Pad(Rule):
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
         """Pad by the number of new channels that are left."""
         source, result = state.label(tensor_input(node)), state.label(node)
+        twin = state.twin(node)
+        amounts = _amounts(node, state.source, source)
         changed = state.changed_sizes(source).keys() | state.changed_sizes(result).keys()
+        changed &= amounts.keys()
         if not changed:
             return
-        amounts = _amounts(node, state.source, source)
-        for dim in changed & amounts.keys():
+        module = state.own_module(twin)
+        flat = list(argument(twin, 1, "pad") if module is None else _padding(module))
+        for dim in changed:
             left, right = amounts[dim]
             before = state.kept_along(source, dim)
             after = state.kept_along(result, dim)
-            amounts[dim] = (
-                int(after[:left].sum()) if left > 0 else -int(before[: -left or 0].sum()),
-                int(after[len(after) - right :].sum())
-                if right > 0
-                else -int(before[len(before) + right :].sum()),
-            )
-        flat: list[int] = []
-        for dim in range(source.ndim - 1, min(amounts) - 1, -1):
-            flat.extend(amounts.get(dim, (0, 0)))
-        twin = state.twin(node)
-        module = module_of(twin, state.gm)
-        if module is not None:
-            module.padding = tuple(flat)
-        else:
+            start = 2 * (source.ndim - 1 - dim)
+            flat[start] = _kept_padding(left, before, after)
+            flat[start + 1] = _kept_padding(right, before[::-1], after[::-1])
+        if module is None:
             set_argument(twin, 1, "pad", tuple(flat))
+        else:
+            module.padding = tuple(flat)  # type: ignore[assignment]
+
+
+def _kept_padding(amount: int, before: Keep, after: Keep) -> int:
+    """How much of the padding of one side is left, counted from that side."""
+    return int(after[:amount].sum()) if amount > 0 else -int(before[:-amount].sum())
 
 
 def _amounts(node: fx.Node, gm: fx.GraphModule, label: Label) -> dict[int, tuple[int, int]]:
     """Axis -> padding before and after, for the axes the call names."""
-    name = "pad" if module_of(node, gm) is None else "padding"
-    pad = [int(value_of(p)) for p in setting(node, gm, 1, name, ())]
+    module = module_of(node, gm)
+    given = argument(node, 1, "pad") if module is None else _padding(module)
+    pad = [int(value_of(p)) for p in given]
     return {label.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
 
 
-def _pad_setting(node: fx.Node, gm: fx.GraphModule, position: int, name: str, default: str) -> str:
+def _padding(module: nn.Module) -> tuple[int, ...]:
+    return tuple(module.padding)  # type: ignore[arg-type]
+
+
+def _is_constant(node: fx.Node, gm: fx.GraphModule) -> bool:
     module = module_of(node, gm)
     if module is None:
-        return str(argument(node, position, name, default))
-    return default if "Constant" in type(module).__name__ or "Zero" in type(module).__name__ else ""
+        return bool(argument(node, 2, "mode", "constant") == "constant")
+    return isinstance(module, (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d))
+
+
+class IndexSelect(Rule):
+    """`index_select` with positions that are a buffer, as `rewrite` itself emits it."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Index the atoms like the data."""
+        label = state.label(tensor_input(node))
+        positions = self._positions(node, state.gm)
+        if positions is None:
+            state.pin(label, f"selection by computed positions ({node.name!r})")
+            return unfollowed(node)
+        return label.indexed(_select_dim(node), positions)
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Select the positions that are left."""
+        dim = _select_dim(node)
+        keep = state.kept_along(state.label(tensor_input(node)), dim)
+        if keep.all():
+            return
+        wanted = self._positions(node, state.source)
+        assert wanted is not None
+        twin = state.twin(node)
+        place = np.cumsum(keep) - 1
+        chosen = place[wanted[keep[wanted]]]
+        state.replace(node, state.select(twin, tensor_input(twin), dim, chosen))
+
+    def _positions(self, node: fx.Node, gm: fx.GraphModule) -> Atoms | None:
+        index = argument(node, 2, "index")
+        buffers = dict(gm.named_buffers(remove_duplicate=False))
+        if not isinstance(index, fx.Node) or index.op != "get_attr":
+            return None
+        buffer = buffers.get(str(index.target))
+        return None if buffer is None else buffer.detach().cpu().numpy().astype(np.int64).ravel()
+
+
+def _select_dim(node: fx.Node) -> int:
+    return int(value_of(argument(node, 1, "dim")))
 
 
 register(GetItem(), operator.getitem)
 register(Narrow(), torch.narrow, "narrow")
 register(Split(), torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
+register(IndexSelect(), torch.index_select, "index_select")
 register(Pad(), F.pad)
 for _n in (1, 2, 3):
     for _kind in ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad"):

@@ -29,9 +29,9 @@ class Linear(Rule):
         outputs = state.produce(node, weight, 0)
         if bias is not None:
             bias.bind(0, outputs)
-        state.contract(node, inputs, (outputs,))
-        shape = shape_of(node)
-        return Label(shape, (*label.without(last), Block((len(shape) - 1,), outputs)))
+        through = label.without(last)
+        state.contract(node, inputs, (outputs,), *((block.atoms.ravel(),) for block in through))
+        return Label(shape_of(node), (*through, Block((last,), outputs)))
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
         """Name the new widths; select the flattened features that are left."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rbpfx.graph.propagation import Labels, Propagation, unfollowed
 from rbpfx.graph.provenance import Block, Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
-    module_of,
     register,
     setting,
     shape_of,
@@ -54,7 +54,9 @@ def _runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[
     runs = []
     i = j = 0
     while i < len(old) or j < len(new):
-        before, after, size_before, size_after = [], [], 1, 1
+        before: list[int] = []
+        after: list[int] = []
+        size_before = size_after = 1
         while not (before or after) or size_before != size_after:
             if i < len(old) and (size_before <= size_after or j == len(new)):
                 before.append(i)
@@ -81,14 +83,14 @@ class Reshape(Rule):
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
         """Write the new sizes; leave -1 and sizes of other axes as they are."""
-        new_sizes = state.changed_sizes(state.label(node))
+        label = state.label(node)
+        new_sizes = state.changed_sizes(label)
         if not new_sizes:
             return
         twin = state.twin(node)
         sizes = self._sizes(twin, node, state)
         for dim, size in new_sizes.items():
-            if sizes[dim] != -1:
-                sizes[dim] = size
+            sizes[dim] = _rescaled(sizes[dim], size, label.shape[dim], twin, state)
         twin.args = (tensor_input(twin), tuple(sizes))
         twin.kwargs = {}
 
@@ -106,6 +108,19 @@ class Reshape(Rule):
                     for dim in range(len(shape_of(node)))
                 ]
         return list(given)
+
+
+def _rescaled(given: Any, new: int, old: int, twin: fx.Node, state: Slicing) -> Any:
+    """A size that a call asks for, after channels have gone.
+
+    One that is computed at run time (it may hold a batch size) shrinks by the same factor.
+    """
+    if not isinstance(given, fx.Node):
+        return given if given == -1 else new
+    factor = gcd(new, old)
+    with state.gm.graph.inserting_before(twin):
+        product = state.gm.graph.call_function(operator.mul, (given, new // factor))
+        return state.gm.graph.call_function(operator.floordiv, (product, old // factor))
 
 
 class Flatten(Rule):
@@ -126,15 +141,17 @@ class Unflatten(Flatten):
         if not new_sizes:
             return
         twin = state.twin(node)
-        module = module_of(twin, state.gm)
-        dim = setting(node, state.source, 1, "dim", 0) % len(shape_of(tensor_input(node)))
+        module = state.own_module(twin)
+        dim = int(value_of(setting(node, state.source, 1, "dim", 0)))
+        dim %= len(shape_of(tensor_input(node)))
         name = "unflattened_size" if module is not None else "sizes"
-        sizes = list(setting(node, state.source, 2, name, ()))
+        sizes = list(setting(twin, state.gm, 2, name, ()))
         for axis, size in new_sizes.items():
-            if sizes[axis - dim] != -1:
-                sizes[axis - dim] = size
+            if dim <= axis < dim + len(sizes):
+                old = shape_of(node)[axis]
+                sizes[axis - dim] = _rescaled(sizes[axis - dim], size, old, twin, state)
         if module is not None:
-            module.unflattened_size = tuple(sizes)
+            module.unflattened_size = tuple(sizes)  # type: ignore[assignment]
         else:
             twin.args = (tensor_input(twin), dim, tuple(sizes))
             twin.kwargs = {}
@@ -171,9 +188,9 @@ class Squeeze(Rule):
         return Label(shape_of(node), tuple(b.moved(where) for b in label.blocks))
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
-        """Name the axes, so that a channel axis of which one is left is not squeezed away."""
+        """Name the axes, so that an axis of which one channel is left is not squeezed away."""
         label = state.label(tensor_input(node))
-        if state.changed_sizes(label) and argument(node, 1, "dim") is None:
+        if state.changed_sizes(label):
             twin = state.twin(node)
             twin.args = (tensor_input(twin), _squeezed(node, label))
             twin.kwargs = {}
@@ -198,25 +215,18 @@ class Unsqueeze(Rule):
 
 
 class Expand(Reshape):
-    """expand, expand_as: repeats axes of size one."""
+    """expand, broadcast_to: repeats axes of size one."""
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Broadcast against nothing."""
-        if not isinstance(node.meta.get("val"), Tensor):
-            return unfollowed(node)
         return broadcast(state, [state.label(tensor_input(node))], shape_of(node))
 
-    def rewrite(self, node: fx.Node, state: Slicing) -> None:
-        """Write the new sizes."""
-        if node.target not in ("expand_as",):
-            super().rewrite(node, state)
 
-
-RESHAPE = register(Reshape(), torch.reshape, "reshape", "view")
+register(Reshape(), torch.reshape, "reshape", "view")
 register(Flatten(), nn.Flatten, torch.flatten, "flatten", torch.ravel, "ravel")
 register(Unflatten(), nn.Unflatten, torch.unflatten, "unflatten")
 _PERMUTATIONS = "permute transpose swapaxes swapdims movedim moveaxis t".split()
 register(Permute(), *_PERMUTATIONS, *(getattr(torch, name) for name in _PERMUTATIONS))
 register(Squeeze(), torch.squeeze, "squeeze")
 register(Unsqueeze(), torch.unsqueeze, "unsqueeze")
-register(Expand(), "expand", "expand_as", torch.broadcast_to, "broadcast_to")
+register(Expand(), "expand", torch.broadcast_to, "broadcast_to")

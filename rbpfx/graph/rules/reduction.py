@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from rbpfx.graph.propagation import Labels, Propagation, unfollowed
 from rbpfx.graph.provenance import Label
-from rbpfx.graph.rules.base import Rule, argument, register, tensor_input
+from rbpfx.graph.rules.base import Rule, argument, register, shape_of, tensor_input
 
 
 class Reduce(Rule):
@@ -27,13 +27,10 @@ class Reduce(Rule):
         reduced = {d % label.ndim for d in dims} or set(range(label.ndim))
         label = state.pin_blocks(label, reduced, f"reduction over channels ({node.name!r})")
         if argument(node, 2, "keepdim", False):
-            shape = tuple(1 if d in reduced else n for d, n in enumerate(label.shape))
-            return Label(shape, label.blocks)
+            return Label(shape_of(node), label.blocks)
         stay = [d for d in range(label.ndim) if d not in reduced]
         where = {old: new for new, old in enumerate(stay)}
-        return Label(
-            tuple(label.shape[d] for d in stay), tuple(b.moved(where) for b in label.blocks)
-        )
+        return Label(shape_of(node), tuple(b.moved(where) for b in label.blocks))
 
 
 register(Reduce(), torch.mean, torch.sum, torch.amax, torch.amin, torch.logsumexp)

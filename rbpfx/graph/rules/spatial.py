@@ -36,9 +36,10 @@ class Spatial(Rule):
 for _n in (1, 2, 3):
     _rule = Spatial(_n)
     for _name in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool"):
-        register(_rule, getattr(F, f"{_name}{_n}d"))
-        if hasattr(torch, f"{_name}{_n}d"):
-            register(_rule, getattr(torch, f"{_name}{_n}d"))
+        for _function in (f"{_name}{_n}d", f"{_name}{_n}d_with_indices"):
+            for _home in (F, torch):
+                if hasattr(_home, _function):
+                    register(_rule, getattr(_home, _function))
     for _name in ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "LPPool"):
         register(_rule, getattr(nn, f"{_name}{_n}d"))
 register(Spatial(None), F.interpolate, F.upsample, nn.Upsample)

@@ -1,0 +1,107 @@
+"""In-place operators, and which values share memory.
+
+The fake tensors in `node.meta["val"]` share storage exactly where the real ones do, so aliasing
+is looked up there instead of being guessed from operator names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+
+def modifies_in_place(node: fx.Node, root: nn.Module) -> bool:
+    """Whether an operator changes its first argument.
+
+    Args:
+        node: A call of any kind.
+        root: The module whose submodules `call_module` nodes name.
+    """
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    if name == "setitem" or name in _AUGMENTED:
+        return True
+    if name.endswith("_") and not name.endswith("__"):
+        return name != "requires_grad_"
+    return bool(node.kwargs.get("inplace") or _positional_inplace(node))
+
+
+_AUGMENTED = frozenset(
+    f"i{name}" for name in "add sub mul truediv floordiv mod pow matmul and or xor".split()
+)
+
+
+def _positional_inplace(node: fx.Node) -> Any:
+    """The argument called `inplace` where it is given by position."""
+    if True not in [a for a in node.args if isinstance(a, bool)] or not callable(node.target):
+        return False
+    try:
+        names = list(inspect.signature(node.target).parameters)
+    except (TypeError, ValueError):
+        return False
+    position = names.index("inplace") if "inplace" in names else len(node.args)
+    return position < len(node.args) and node.args[position]
+
+
+class Memory:
+    """Who shares memory with whom in a graph with metadata."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._holders: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in gm.graph.nodes:
+            for storage in _storages(node):
+                self._holders[storage].append(node)
+        self._written: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in gm.graph.nodes:
+            if node.all_input_nodes and modifies_in_place(node, gm):
+                for storage in _storages(node.all_input_nodes[0]):
+                    self._written[storage].append(node)
+        self._place = {node: place for place, node in enumerate(gm.graph.nodes)}
+
+    def writes(self, node: fx.Node) -> list[fx.Node]:
+        """The in-place operators that change the memory of a value."""
+        return [w for storage in _storages(node) for w in self._written.get(storage, ())]
+
+    def entangled(self) -> list[tuple[fx.Node, list[fx.Node]]]:
+        """In-place operators whose effect is seen through a view of another geometry later on.
+
+        Slicing may turn a view into a copy (or the other way round), which would change what
+        such a later use sees.
+
+        Returns:
+            Pairs of an in-place operator and the values that share its memory.
+        """
+        found = []
+        for storage, writes in self._written.items():
+            holders = self._holders[storage]
+            for write in writes:
+                if any(self._sees_change(holder, write) for holder in holders):
+                    found.append((write, holders))
+        return found
+
+    def _sees_change(self, holder: fx.Node, write: fx.Node) -> bool:
+        target = write.all_input_nodes[0]
+        if self._place[holder] > self._place[write] or _geometry(holder) == _geometry(target):
+            return False
+        return any(self._place[user] > self._place[write] for user in holder.users)
+
+
+def _storages(node: fx.Node) -> list[int]:
+    value = node.meta.get("val")
+    values = [value] if isinstance(value, Tensor) else tree_leaves(value)
+    tensors = (v for v in values if isinstance(v, Tensor))
+    return list(dict.fromkeys(t.untyped_storage()._cdata for t in tensors))
+
+
+def _geometry(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    return (value.shape, value.stride(), value.storage_offset())

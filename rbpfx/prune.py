@@ -1,0 +1,284 @@
+"""The one call: capture, analyse, add noise, train, decide, rewrite, verify, fine-tune, report."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
+
+from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError
+from rbpfx.graph.capture import ExampleInputs, LeafModule, call_with, evaluating, trace
+from rbpfx.graph.cost import count_macs, count_parameters
+from rbpfx.graph.gates import apply_mask
+from rbpfx.graph.groups import Analysis, analyze
+from rbpfx.graph.slicing import rewrite
+from rbpfx.graph.verification import difference, require_equal
+from rbpfx.latency import first_examples, measure_latency
+from rbpfx.methods import Method, find_method, insert_noise
+from rbpfx.plan import PruningPlan
+from rbpfx.report import Figures, Report
+from rbpfx.target import Target
+from rbpfx.training.budget import require_reachable
+from rbpfx.training.finetune import FineTune, finetune
+from rbpfx.training.loop import refresh_batchnorm
+from rbpfx.training.recursion import Progress, Recursion, RecursiveTraining
+from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task, batch_size
+
+CAPTURE_TOLERANCE = 1e-4
+VERIFIED_EXAMPLES = 2
+
+Metric = Callable[[nn.Module, Loader], float]
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """What `prune` returns.
+
+    Attributes:
+        model: The smaller network, a `torch.fx.GraphModule` with the submodule names of the
+            original, in the mode and on the device it was in.
+        plan: Which units of every group stay.
+        report: Figures before and after; `str(report)` is a table.
+    """
+
+    model: fx.GraphModule
+    plan: PruningPlan
+    report: Report
+
+
+def prune(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    method: str | Method = "rbp",
+    target: Target | None = None,
+    loss_fn: LossFunction | None = None,
+    forward: ForwardHook | None = None,
+    val_loader: Loader | None = None,
+    metric: Metric | None = None,
+    unit: str = "channel",
+    recursion: Recursion | None = None,
+    recovery: FineTune | None = None,
+    distill: bool = False,
+    leaf_modules: Iterable[LeafModule] = (),
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> PruningResult:
+    """Make a trained network smaller and faster; how much is left is decided by the data.
+
+    Args:
+        model: A trained network. It is left untouched.
+        loader: Training batches: (input, target) pairs, or anything that `forward` understands.
+            Anything that can be gone through repeatedly, for example a `DataLoader`.
+        method: A method's name, or a method.
+        target: What the result may cost; None lets the method decide.
+        loss_fn: Called as `loss_fn(output, target)`; cross-entropy by default.
+        forward: Called as `forward(model, batch)`, returns the loss; replaces `loss_fn`.
+        val_loader: Batches on which accuracy is reported (nothing is decided on them).
+        metric: Called as `metric(model, val_loader)` in place of top-1 accuracy.
+        unit: "channel", or "feature" to prune flattened features one by one as well.
+        recursion: How the noise is trained.
+        recovery: How the result is fine-tuned.
+        distill: Learn half from the outputs of the dense network (classifiers only).
+        leaf_modules: Module classes or names that are not traced into.
+        device: Where to work and to leave the result; by default where the model is.
+        seed: Seed of everything random. Your generators are left as they were.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The smaller network, the plan and the report.
+
+    Raises:
+        InputError: Loader, loss and model do not fit together.
+        CaptureError: The model cannot be traced.
+        NothingToPruneError: No channel of the model may be removed.
+        TargetError: The target cannot be reached.
+        DivergenceError: The loss stopped being finite.
+        VerificationError: Slicing changed the function. The result is not used.
+
+    Example:
+        >>> result = prune(model, loader, target=Target(macs=0.5))  # doctest: +SKIP
+        >>> print(result.report)  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    method, recursion, recovery = find_method(method), recursion or Recursion(), recovery or FineTune()
+    device = torch.device(device) if device is not None else _device_of(model)
+    task = Task(loss_fn, forward, device)
+    if distill and forward is not None:
+        raise InputError("distill=True needs class scores; it does not go with forward=...")
+    with _seeded(seed, device):
+        dense = copy.deepcopy(model).to(device)
+        inputs, batch = _example_inputs(dense, loader, task)
+        gm = trace(dense, inputs, leaf_modules=leaf_modules)
+        _check_capture(dense, gm, inputs)
+        analysis = analyze(gm, unit=unit)
+        _require_groups(analysis)
+        budget = None if target is None else target.macs_share(count_macs(gm))
+        if budget is not None:
+            require_reachable(analysis, budget)
+
+        noisy = insert_noise(gm, analysis, method)
+        teacher = copy.deepcopy(dense).eval() if distill else None
+        training = RecursiveTraining(noisy, analysis, task, recursion, budget, teacher)
+        with _Bar("noise", progress) as bar:
+            training.run(loader, bar.show)
+        _take_weights(gm, noisy)
+        folded = rewrite(gm, analysis, PruningPlan(), multipliers=training.multipliers)
+
+        plan = training.plan()
+        pruned = rewrite(folded, analysis, plan)
+        masked = apply_mask(folded, analysis, plan)
+        error = require_equal(masked, pruned, first_examples(inputs, VERIFIED_EXAMPLES))
+
+        evaluate = _evaluation(task, metric, val_loader)
+        refresh_batchnorm(pruned, loader, task)
+        after_cut = evaluate(pruned)
+        with _Bar("fine-tuning", progress) as bar:
+            finetune(pruned, loader, task, recovery, teacher, bar.count)
+        pruned.train(model.training)
+
+        latency = {
+            size: measure_latency([dense, pruned], first_examples(inputs, size))
+            for size in sorted({1, batch})
+        }
+        figures = [
+            Figures(
+                parameters=count_parameters(network),
+                macs=count_macs(graph),
+                latency={size: measured[place].median for size, measured in latency.items()},
+                accuracy=evaluate(network),
+            )
+            for place, (network, graph) in enumerate([(dense, gm), (pruned, pruned)])
+        ]
+    report = Report(
+        method=method.name,
+        dense=figures[0],
+        pruned=figures[1],
+        widths={g.name: (g.size, len(plan.kept.get(g.name, range(g.size)))) for g in analysis.groups},
+        verification_error=error,
+        target=budget,
+        frozen={axis.name: axis.reason for axis in analysis.frozen},
+        accuracy_after_cut=after_cut,
+        device=_describe(device),
+        seconds=time.perf_counter() - started,
+        history=training.history,
+    )
+    return PruningResult(pruned, plan, report)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed all draws inside; the generators outside go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def _example_inputs(model: nn.Module, loader: Loader, task: Task) -> tuple[ExampleInputs, int]:
+    """Inputs of the first batch and its size, after one full trial of the task on it."""
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise InputError("the loader yields no batch")
+    inputs = task.example_inputs(model, batch)
+    try:
+        with evaluating(model), torch.no_grad():
+            loss = task.loss(model, batch)
+    except RbpfxError:
+        raise
+    except Exception as error:
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        raise InputError(
+            f"the model and the loss do not run on the loader's first batch (inputs of shape "
+            f"{shapes}): {error}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        raise InputError(f"the loss must be a scalar tensor, not {loss!r}; average over the batch")
+    return inputs, batch_size(batch)
+
+
+def _check_capture(model: nn.Module, gm: fx.GraphModule, inputs: ExampleInputs) -> None:
+    """The graph must compute what the model computes."""
+    with evaluating(model, gm), torch.no_grad():
+        error = difference(call_with(model, inputs), call_with(gm, inputs))
+    if not error <= CAPTURE_TOLERANCE:
+        raise CaptureError(
+            f"the captured graph differs from the model by {error:.1e} of its output: the model's "
+            "Python code depends on something that tracing fixes. Keep that module whole with "
+            "leaf_modules=[...]."
+        )
+
+
+def _require_groups(analysis: Analysis) -> None:
+    if not analysis.groups:
+        reasons = "\n".join(f"  {axis.name}: {axis.reason}" for axis in analysis.frozen)
+        raise NothingToPruneError(
+            "the model has no channel that may be removed:\n" + (reasons or "  no layer was found")
+        )
+
+
+def _take_weights(gm: fx.GraphModule, noisy: fx.GraphModule) -> None:
+    """Copy the trained weights back into the graph without noise."""
+    trained = noisy.state_dict()
+    gm.load_state_dict({name: trained[name] for name in gm.state_dict()})
+
+
+def _evaluation(
+    task: Task, metric: Metric | None, val_loader: Loader | None
+) -> Callable[[nn.Module], float | None]:
+    if val_loader is None:
+        return lambda network: None
+    if metric is not None:
+        return lambda network: float(metric(network, val_loader))
+    if not task.is_classification:
+        return lambda network: None
+    return lambda network: task.accuracy(network, val_loader)
+
+
+class _Bar:
+    """A progress bar for the two kinds of training."""
+
+    def __init__(self, title: str, visible: bool) -> None:
+        self.bar = tqdm(desc=title, disable=not visible, dynamic_ncols=True, unit="step")
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def show(self, progress: Progress) -> None:
+        """Noise training: the group at the front and what is open."""
+        self.bar.set_postfix(
+            group=progress.group,
+            open=progress.open_gates,
+            loss=f"{progress.loss:.3f}",
+            cost=f"{progress.cost:.0%}",
+            refresh=False,
+        )
+        self.count(progress.step, progress.steps, progress.loss)
+
+    def count(self, step: int, steps: int, loss: float) -> None:
+        """Any training: steps done and planned."""
+        self.bar.total = steps
+        self.bar.update(step - self.bar.n)
+
+
+__all__ = ["PruningResult", "prune"]

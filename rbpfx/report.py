@@ -1,0 +1,118 @@
+"""The report: what pruning changed, measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one network costs and achieves.
+
+    Attributes:
+        parameters: Number of parameters.
+        macs: Multiply-accumulates per example.
+        latency: Batch size -> median seconds of a forward pass.
+        accuracy: Top-1 accuracy (or the user's metric), if known.
+    """
+
+    parameters: int
+    macs: int
+    latency: dict[int, float]
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `prune` did.
+
+    Attributes:
+        method: Name of the method.
+        dense: The captured network before.
+        pruned: The emitted network.
+        widths: Group name -> (units before, units after).
+        verification_error: Largest relative difference between the sliced and the masked
+            network, float64.
+        target: Share of the MACs that was asked for, or None.
+        frozen: Producers whose channels stay -> the reason.
+        accuracy_after_cut: Accuracy of the emitted network before fine-tuning, if known.
+        device: Where latency was measured, with the number of CPU threads.
+        seconds: Wall time of the whole call.
+        history: One entry per hardened group: step, strength, expected cost, open gates.
+    """
+
+    method: str
+    dense: Figures
+    pruned: Figures
+    widths: dict[str, tuple[int, int]]
+    verification_error: float
+    target: float | None
+    frozen: dict[str, str]
+    accuracy_after_cut: float | None
+    device: str
+    seconds: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n\n".join([self._figures(), self._widths(), self._closing()])
+
+    def _figures(self) -> str:
+        dense, pruned = self.dense, self.pruned
+        rows = [
+            ["parameters", f"{dense.parameters:,}", f"{pruned.parameters:,}"]
+            + [_times(dense.parameters, pruned.parameters)],
+            ["MACs per example", f"{dense.macs:,}", f"{pruned.macs:,}"]
+            + [_times(dense.macs, pruned.macs)],
+        ]
+        for batch, before in dense.latency.items():
+            after = pruned.latency[batch]
+            rows.append(
+                [f"latency, batch {batch}", _milliseconds(before), _milliseconds(after)]
+                + [_times(before, after)]
+            )
+        if dense.accuracy is not None and pruned.accuracy is not None:
+            change = 100 * (pruned.accuracy - dense.accuracy)
+            rows.append(
+                ["accuracy", f"{dense.accuracy:.2%}", f"{pruned.accuracy:.2%}"]
+                + [f"{change:+.2f} points"]
+            )
+        return tabulate(
+            rows,
+            headers=["", "dense", "pruned", "change"],
+            colalign=("left", "right", "right", "right"),
+            disable_numparse=True,
+        )
+
+    def _widths(self) -> str:
+        rows = [
+            [name, before, after, f"{after / before:.0%}"]
+            for name, (before, after) in self.widths.items()
+        ]
+        return tabulate(rows, headers=["channel group", "units", "kept", "share"])
+
+    def _closing(self) -> str:
+        lines = [
+            f"method {self.method}, {self.seconds:.0f} s, latency on {self.device}",
+            f"sliced equals masked to {self.verification_error:.1e} (relative, float64)",
+        ]
+        if self.target is not None:
+            reached = self.pruned.macs / self.dense.macs
+            lines.append(f"target: {self.target:.1%} of the MACs, reached {reached:.1%}")
+        if self.frozen:
+            lines.append(f"kept whole: {', '.join(f'{n} ({r})' for n, r in self.frozen.items())}")
+        return "\n".join(lines)
+
+
+def _times(before: float, after: float) -> str:
+    return f"{before / after:.2f}x less" if after else ""
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"

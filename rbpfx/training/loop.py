@@ -1,0 +1,98 @@
+"""What every training phase shares: endless batches, checked steps, BatchNorm refresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rbpfx.errors import InputError
+from rbpfx.training.task import Loader, Task
+
+
+def batches(loader: Loader, count: int) -> Iterator[Any]:
+    """`count` batches, going through the loader as often as needed.
+
+    Raises:
+        InputError: The loader yields nothing, or cannot be gone through twice.
+    """
+    done = 0
+    while done < count:
+        before = done
+        for batch in loader:
+            if done == count:
+                return
+            yield batch
+            done += 1
+        if done == before:
+            raise InputError(
+                "the loader yields no batch"
+                if done == 0
+                else "the loader can be gone through only once; pass a DataLoader or a list"
+            )
+
+
+def steps_per_epoch(loader: Loader) -> int:
+    """Number of batches in one pass."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in loader)
+
+
+def gradient_step(
+    loss: Tensor,
+    optimizers: Iterable[torch.optim.Optimizer],
+    on_divergence: Callable[[], Exception],
+) -> None:
+    """One step of every optimiser.
+
+    Raises:
+        Exception: What `on_divergence` returns, if the loss is not finite; nothing is updated.
+    """
+    if not isfinite(float(loss.detach())):
+        raise on_divergence()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state, to return to."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def refresh_batchnorm(model: nn.Module, loader: Loader, task: Task, max_batches: int = 64) -> None:
+    """Estimate BatchNorm statistics anew as plain averages over training batches.
+
+    Args:
+        model: Changed in place: running statistics only.
+        loader: Training batches.
+        task: Runs the batches.
+        max_batches: How many batches are averaged at most.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        for batch in batches(loader, min(max_batches, steps_per_epoch(loader))):
+            task.loss(model, batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, flag in training:
+            module.training = flag

@@ -1,0 +1,202 @@
+"""The task: how a batch becomes a loss, and a network an accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rbpfx.errors import InputError
+from rbpfx.graph.capture import ExampleInputs, call_with, evaluating
+
+Loader: TypeAlias = Iterable[Any]
+LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
+ForwardHook: TypeAlias = Callable[[nn.Module, Any], Tensor]
+
+AUXILIARY_WEIGHT = 0.3
+"""Weight of auxiliary heads in the default loss (Szegedy et al., CVPR 2015)."""
+
+
+class Task:
+    """Turns batches into losses.
+
+    Args:
+        loss_fn: Called as `loss_fn(output, target)`; by default cross-entropy, with auxiliary
+            heads weighted by 0.3.
+        forward: Called as `forward(model, batch)` and returns the loss, for batches that are no
+            (input, target) pairs; replaces `loss_fn`.
+        device: Where batches are moved.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFunction | None = None,
+        forward: ForwardHook | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if loss_fn is not None and forward is not None:
+            raise InputError("give loss_fn or forward, not both: forward returns the loss itself")
+        self.loss_fn = loss_fn
+        self.forward = forward
+        self.device = torch.device(device)
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether the default loss is used, so that top-1 accuracy means something."""
+        return self.loss_fn is None and self.forward is None
+
+    def loss(self, model: nn.Module, batch: Any, teacher: nn.Module | None = None) -> Tensor:
+        """Mean loss of a batch; half of it distilled from a teacher if there is one."""
+        batch = to_device(batch, self.device)
+        if self.forward is not None:
+            return self.forward(model, batch)
+        inputs, target = split_pair(batch)
+        output = call_with(model, inputs)
+        loss = (self.loss_fn or classification_loss)(output, target)
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            wanted = call_with(teacher, inputs)
+        return 0.5 * loss + 0.5 * distillation_loss(main_output(output), main_output(wanted))
+
+    def example_inputs(self, model: nn.Module, batch: Any) -> ExampleInputs:
+        """What the model is called with for a batch."""
+        batch = to_device(batch, self.device)
+        if self.forward is None:
+            inputs: ExampleInputs = split_pair(batch)[0]
+            return inputs
+        return _recorded_call(model, lambda: self.forward(model, batch))  # type: ignore[misc]
+
+    def accuracy(self, model: nn.Module, loader: Loader) -> float:
+        """Top-1 accuracy in eval mode, in [0, 1]."""
+        correct = total = 0
+        with evaluating(model), torch.no_grad():
+            for batch in loader:
+                inputs, target = split_pair(to_device(batch, self.device))
+                predicted = main_output(call_with(model, inputs)).argmax(1)
+                correct += int((predicted == target).sum())
+                total += len(target)
+        if total == 0:
+            raise InputError("the validation loader yields no batch")
+        return correct / total
+
+
+def classification_loss(output: Any, target: Tensor) -> Tensor:
+    """Cross-entropy of class scores `(N, C, ...)`, auxiliary heads included.
+
+    Raises:
+        InputError: Output or target are not those of a classifier.
+    """
+    scores = main_output(output)
+    if target.is_floating_point() and target.shape != scores.shape or scores.ndim < 2:
+        raise InputError(
+            f"the default loss is cross-entropy, but the output has shape {tuple(scores.shape)} "
+            f"and the target {tuple(target.shape)} of {target.dtype}; pass loss_fn=..."
+        )
+    loss = F.cross_entropy(scores, target)
+    auxiliary = [o for o in output[1:] if isinstance(o, Tensor)] if _is_tuple(output) else []
+    for head in auxiliary:
+        loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(head, target)
+    return loss
+
+
+def distillation_loss(output: Tensor, wanted: Tensor, temperature: float = 4.0) -> Tensor:
+    """Hinton, Vinyals and Dean, arXiv 1503.02531: T^2 KL(softmax(wanted / T), softmax(output / T)).
+
+    Args:
+        output: Class scores of the student, `(N, C)`.
+        wanted: Class scores of the teacher, `(N, C)`.
+        temperature: T; 4 as in Zagoruyko and Komodakis, ICLR 2017.
+    """
+    student = F.log_softmax(output / temperature, dim=1)
+    teacher = F.log_softmax(wanted / temperature, dim=1)
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence
+
+
+def main_output(output: Any) -> Tensor:
+    """The class scores among what a classifier returns: itself, `.logits`, or the first entry."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = output.get("logits", output.get("out", next(iter(output.values()))))
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif _is_tuple(output):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise InputError(f"cannot find class scores in an output of {type(output).__name__}")
+    return output
+
+
+def split_pair(batch: Any) -> tuple[Any, Any]:
+    """An (input, target) batch as a pair.
+
+    Raises:
+        InputError: It is none.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    kind = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, Sized) else type(batch)
+    raise InputError(
+        f"the loader yields a {kind}, not (input, target) pairs; "
+        "pass forward=lambda model, batch: loss"
+    )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A nested batch with all tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def examples_in(loader: Loader) -> int:
+    """How many training examples a loader has: N of the evidence lower bound.
+
+    The size of its data set if it tells, else a count of one pass.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, Sized):
+        return len(dataset)
+    return sum(batch_size(batch) for batch in loader)
+
+
+def batch_size(batch: Any) -> int:
+    """Number of examples in a nested batch: the length of its first tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else 1
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    return batch_size(next(iter(values))) if isinstance(values, Iterable) else 1
+
+
+def _is_tuple(output: Any) -> bool:
+    return isinstance(output, (tuple, list)) and len(output) > 0
+
+
+def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> ExampleInputs:
+    """What `run` calls the model with, as a mapping of forward arguments."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args, kwargs))
+
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        with evaluating(model), torch.no_grad():
+            run()
+    finally:
+        handle.remove()
+    if not calls:
+        raise InputError("forward(model, batch) never calls the model it is given")
+    args, kwargs = calls[0]
+    return kwargs if kwargs and not args else args

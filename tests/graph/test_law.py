@@ -1,0 +1,250 @@
+"""The law of the compiler on random networks: sliced equals masked, forward and backward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import fx, nn
+
+from rbpfx.errors import RbpfxError
+from rbpfx.graph import gates
+from rbpfx.graph.propagation import Propagation
+from rbpfx.graph.provenance import Identities, Label
+from rbpfx.graph.rules import base, combine, convolution, elementwise, indexing, movement
+from rbpfx.graph.rules import normalization, reduction, spatial
+from tests.graph.generator import OPERATORS, random_inputs, random_program
+from tests.graph.laws import (
+    Compiled,
+    Snapshot,
+    assert_close,
+    check_again,
+    check_close,
+    check_costs,
+    check_identity,
+    check_law,
+    check_multipliers,
+    check_statistics,
+    compile_random,
+    run,
+)
+
+QUICK = range(160)
+MANY = range(1000, 4000)
+
+
+def unit_of(seed: int) -> str:
+    return "feature" if seed % 2 else "channel"
+
+
+def check_everything(seed: int, length: int) -> Compiled:
+    """Every law on the network of a seed."""
+    model = random_program(seed, length=length)
+    inputs = random_inputs(model)
+    user_model = Snapshot.of(model)
+    compiled = compile_random(model, inputs, seed, unit_of(seed))
+    graph = Snapshot.of(compiled.gm)
+    check_law(compiled, inputs, train=False)
+    check_law(compiled, inputs, train=True)
+    check_law(compiled, random_inputs(model, batch=2, seed=1), train=False)
+    check_statistics(compiled, inputs)
+    check_identity(compiled, inputs)
+    check_close(compiled, inputs)
+    check_costs(compiled)
+    check_multipliers(compiled, inputs, seed)
+    check_again(compiled, inputs, seed, unit_of(seed))
+    graph.check(compiled.gm)
+    user_model.check(model)
+    return compiled
+
+
+@pytest.mark.parametrize("seed", QUICK)
+def test_all_laws_on_a_random_network(seed: int) -> None:
+    check_everything(seed, length=4 + seed % 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", MANY)
+def test_all_laws_on_many_random_networks(seed: int) -> None:
+    check_everything(seed, length=5 + seed % 20)
+
+
+@pytest.mark.parametrize("seed", range(200, 240))
+def test_trace_equals_the_module_in_both_modes(seed: int) -> None:
+    model = random_program(seed, dropout=0.4)
+    inputs = random_inputs(model)
+    gm = compile_random(model, inputs, seed).gm
+    for mode in (False, True):
+        results = []
+        for network in (model, gm):
+            torch.manual_seed(seed)
+            results.append(network.train(mode)(*(x.clone() for x in inputs)))
+        assert_close(*results, "trace", tolerance=0.0)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, gm.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("kind", sorted(OPERATORS))
+def test_every_operator_alone(kind: str) -> None:
+    """Between layers, every operator of the generator obeys the law."""
+    layers = ["convolution", "linear"]
+    for seed in range(2):
+        model = random_program(seed, length=6, only=[kind, kind, *layers])
+        inputs = random_inputs(model)
+        compiled = compile_random(model, inputs, seed)
+        check_law(compiled, inputs, train=seed % 2 == 0)
+
+
+def test_the_random_networks_are_worth_testing() -> None:
+    """Most plans remove something, and every operator occurs often enough."""
+    occurs: Counter[str] = Counter()
+    effective = 0
+    for seed in QUICK:
+        model = random_program(seed, length=4 + seed % 9)
+        occurs.update(set(model.operators))
+        effective += compile_random(model, random_inputs(model), seed).removed > 0
+    assert effective > 0.75 * len(QUICK)
+    assert min(occurs[name] for name in OPERATORS) >= 5, occurs
+
+
+# -- the law can fail ---------------------------------------------------------------------
+
+
+def wrong_reduction(node: fx.Node, state: Propagation) -> Any:
+    """Reduce over channels without pinning them."""
+    label = state.label(node.args[0])
+    return Label(tuple(node.meta["val"].shape), ()) if label.blocks else label
+
+
+def swapped_concatenation(propagate: Callable[..., Any]) -> Callable[..., Any]:
+    def wrong(self: Any, node: fx.Node, state: Propagation) -> Any:
+        label = propagate(self, node, state)
+        blocks = tuple(type(b)(b.dims, b.atoms[::-1].copy()) for b in label.blocks)
+        return Label(label.shape, blocks)
+
+    return wrong
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def kept_label(self: Any, node: fx.Node, state: Propagation) -> Any:
+    return Label(tuple(node.meta["val"].shape), state.label(node.args[0]).blocks)
+
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+MUTATIONS: dict[str, tuple[Mutation, list[str]]] = {
+    "cumsum treated as element-wise": (
+        lambda m: m.setitem(base._REGISTRY, "cumsum", elementwise.ELEMENTWISE),
+        ["without_rule"],
+    ),
+    "roll treated as element-wise": (
+        lambda m: m.setitem(base._REGISTRY, "roll", elementwise.ELEMENTWISE),
+        ["without_rule"],
+    ),
+    "softmax treated as element-wise": (
+        lambda m: m.setitem(base._REGISTRY, torch.softmax, elementwise.ELEMENTWISE),
+        ["without_rule"],
+    ),
+    "GroupNorm treated as BatchNorm": (
+        lambda m: m.setitem(base._REGISTRY, nn.GroupNorm, base._REGISTRY[nn.BatchNorm2d]),
+        ["without_rule"],
+    ),
+    "reduction that does not pin": (
+        lambda m: m.setattr(
+            reduction.Reduce, "propagate", lambda self, n, s: wrong_reduction(n, s)
+        ),
+        ["reduction"],
+    ),
+    "concatenation in the wrong order": (
+        lambda m: m.setattr(
+            combine.Concatenate,
+            "propagate",
+            swapped_concatenation(combine.Concatenate.propagate),
+        ),
+        ["concatenation"],
+    ),
+    "addition that ties nothing": (
+        lambda m: m.setattr(combine, "broadcast", lambda s, labels, shape: labels[0]),
+        ["binary", "residual"],
+    ),
+    "BatchNorm that keeps its parameters": (
+        lambda m: m.setattr(normalization.BatchNorm, "propagate", kept_label),
+        ["batch_norm"],
+    ),
+    "split that is not rewritten": (
+        lambda m: m.setattr(indexing.Split, "rewrite", nothing),
+        ["split"],
+    ),
+    "slice that is not rewritten": (
+        lambda m: m.setattr(indexing.GetItem, "rewrite", nothing),
+        ["slicing"],
+    ),
+    "padding that is not rewritten": (
+        lambda m: m.setattr(indexing.Pad, "rewrite", nothing),
+        ["padding", "layer_scale"],
+    ),
+    "padding that keeps the wrong side": (
+        lambda m: m.setattr(indexing, "_kept_padding", lambda n, before, after: n),
+        ["padding", "layer_scale"],
+    ),
+    "sizes that follow the channels": (
+        lambda m: m.setattr(elementwise.Glimpse, "rewrite", nothing),
+        ["size_arithmetic"],
+    ),
+    "view that is not rewritten": (
+        lambda m: m.setattr(movement.Reshape, "rewrite", nothing),
+        ["group_view", "expansion"],
+    ),
+    "permutation that is ignored": (
+        lambda m: m.setattr(movement.Permute, "propagate", kept_label),
+        ["permutation"],
+    ),
+    "groups that are not tied": (
+        lambda m: m.setattr(convolution, "tie_groups", nothing),
+        ["convolution", "transposed_convolution"],
+    ),
+    "depthwise convolution that keeps its groups": (
+        lambda m: m.setattr(convolution.Convolution, "rewrite", nothing),
+        ["convolution"],
+    ),
+    "spatial axes that are followed": (
+        lambda m: m.setattr(spatial.Spatial, "propagate", kept_label),
+        ["pooling", "permutation"],
+    ),
+    "identities that are not tied": (
+        lambda m: m.setattr(Identities, "tie", nothing),
+        ["binary"],
+    ),
+    "mask that misses a read": (
+        lambda m: m.setattr(gates._Inserter, "_multiply", nothing),
+        ["activation"],
+    ),
+    "indices that are off by one": (
+        lambda m: m.setattr(
+            "rbpfx.graph.slicing.np.flatnonzero", lambda a: np.roll(a, 1).nonzero()[0]
+        ),
+        ["activation"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_law_notices_a_wrong_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate, kinds = MUTATIONS[name]
+    mutate(monkeypatch)
+    for seed in range(60):
+        model = random_program(seed, length=7, only=[*kinds, "convolution", "linear"])
+        inputs = random_inputs(model)
+        try:
+            check_law(compile_random(model, inputs, seed), inputs, train=seed % 2 == 0)
+        except RbpfxError:
+            raise
+        except Exception:
+            return
+    pytest.fail("60 random networks did not notice")
