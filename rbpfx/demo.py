@@ -52,7 +52,8 @@ class DigitsResNet(nn.Module):
         """`(N, 1, 8, 8)` to class scores `(N, 10)`."""
         x = F.relu(self.bn(self.stem(images)))
         x = self.stage3(self.stage2(self.stage1(x)))
-        return self.head(x.mean(dim=(2, 3)))
+        scores: Tensor = self.head(x.mean(dim=(2, 3)))
+        return scores
 
 
 def digits_loaders(batch_size: int = 64, seed: int = 0) -> tuple[DataLoader, DataLoader]:  # type: ignore[type-arg]
@@ -89,7 +90,7 @@ def train_digits(loader: DataLoader, epochs: int, progress: bool = True) -> Digi
             for images, labels in loader:
                 loss = F.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
                 bar.update()
@@ -103,7 +104,12 @@ def run(target: float | None = None, seed: int = 0, progress: bool = True) -> Pr
         target: Share of the multiply-accumulates to keep; None lets the method decide.
         seed: Seed of everything.
         progress: Whether to show progress bars.
+
+    Raises:
+        TargetError: The target is not positive or cannot be reached.
+        RbpfxError: scikit-learn is not installed.
     """
+    budget = None if target is None else Target(macs=target)
     torch.manual_seed(seed)
     loader, test_loader = digits_loaders(seed=seed)
     model = train_digits(loader, epochs=10, progress=progress)
@@ -111,7 +117,7 @@ def run(target: float | None = None, seed: int = 0, progress: bool = True) -> Pr
         model,
         loader,
         val_loader=test_loader,
-        target=None if target is None else Target(macs=target),
+        target=budget,
         recursion=Recursion(epochs=12),
         recovery=FineTune(epochs=8),
         seed=seed,

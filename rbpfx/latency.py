@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rbpfx.graph.capture import ExampleInputs, call_with, evaluating
 
@@ -63,14 +64,21 @@ def measure_latency(
 
 
 def first_examples(value: Any, count: int) -> Any:
-    """Nested example inputs cut to their first examples, along axis 0 of every tensor."""
-    if isinstance(value, Tensor):
-        return value[:count] if value.ndim else value
-    if isinstance(value, dict):
-        return {key: first_examples(v, count) for key, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(first_examples(v, count) for v in value)
-    return value
+    """Nested example inputs cut to their first examples.
+
+    Args:
+        value: Nested inputs. The first tensor tells the number of examples; tensors of another
+            length, a mask for example, stay whole.
+        count: How many examples to keep at most.
+    """
+    tensors = (v for v in tree_leaves(value) if isinstance(v, Tensor) and v.ndim)
+    examples = next((len(tensor) for tensor in tensors), 0)
+
+    def cut(leaf: Any) -> Any:
+        of_examples = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == examples
+        return leaf[:count] if of_examples else leaf
+
+    return tree_map(cut, value)
 
 
 def _timed(model: nn.Module, example_inputs: ExampleInputs, device: torch.device) -> float:

@@ -83,14 +83,15 @@ def prune(
         loss_fn: Called as `loss_fn(output, target)`; cross-entropy by default.
         forward: Called as `forward(model, batch)`, returns the loss; replaces `loss_fn`.
         val_loader: Batches on which accuracy is reported (nothing is decided on them).
-        metric: Called as `metric(model, val_loader)` in place of top-1 accuracy.
+        metric: Called as `metric(model, val_loader)`, in eval mode, in place of top-1 accuracy;
+            needed with `val_loader` if the loss is not cross-entropy.
         unit: "channel", or "feature" to prune flattened features one by one as well.
         recursion: How the noise is trained.
         recovery: How the result is fine-tuned.
         distill: Learn half from the outputs of the dense network (classifiers only).
         leaf_modules: Module classes or names that are not traced into.
         device: Where to work and to leave the result; by default where the model is.
-        seed: Seed of everything random. Your generators are left as they were.
+        seed: Seed of torch's random numbers. Its generators are left as they were.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -109,13 +110,16 @@ def prune(
         >>> print(result.report)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    method, recursion, recovery = find_method(method), recursion or Recursion(), recovery or FineTune()
+    method = find_method(method)
+    recursion, recovery = recursion or Recursion(), recovery or FineTune()
     device = torch.device(device) if device is not None else _device_of(model)
     task = Task(loss_fn, forward, device)
     if distill and forward is not None:
         raise InputError("distill=True needs class scores; it does not go with forward=...")
+    _require_repeatable(loader, val_loader)
+    evaluate = _evaluation(task, metric, val_loader)
     with _seeded(seed, device):
-        dense = copy.deepcopy(model).to(device)
+        dense = _copied(model).to(device)
         inputs, batch = _example_inputs(dense, loader, task)
         gm = trace(dense, inputs, leaf_modules=leaf_modules)
         _check_capture(dense, gm, inputs)
@@ -124,6 +128,7 @@ def prune(
         budget = None if target is None else target.macs_share(count_macs(gm))
         if budget is not None:
             require_reachable(analysis, budget)
+        accuracy = evaluate(dense)
 
         noisy = insert_noise(gm, analysis, method)
         teacher = copy.deepcopy(dense).eval() if distill else None
@@ -138,12 +143,10 @@ def prune(
         masked = apply_mask(folded, analysis, plan)
         error = require_equal(masked, pruned, first_examples(inputs, VERIFIED_EXAMPLES))
 
-        evaluate = _evaluation(task, metric, val_loader)
         refresh_batchnorm(pruned, loader, task)
         after_cut = evaluate(pruned)
         with _Bar("fine-tuning", progress) as bar:
             finetune(pruned, loader, task, recovery, teacher, bar.count)
-        pruned.train(model.training)
 
         latency = {
             size: measure_latency([dense, pruned], first_examples(inputs, size))
@@ -154,15 +157,19 @@ def prune(
                 parameters=count_parameters(network),
                 macs=count_macs(graph),
                 latency={size: measured[place].median for size, measured in latency.items()},
-                accuracy=evaluate(network),
+                accuracy=known,
             )
-            for place, (network, graph) in enumerate([(dense, gm), (pruned, pruned)])
+            for place, (network, graph, known) in enumerate(
+                [(dense, gm, accuracy), (pruned, pruned, evaluate(pruned))]
+            )
         ]
     report = Report(
         method=method.name,
         dense=figures[0],
         pruned=figures[1],
-        widths={g.name: (g.size, len(plan.kept.get(g.name, range(g.size)))) for g in analysis.groups},
+        widths={
+            g.name: (g.size, len(plan.kept.get(g.name, range(g.size)))) for g in analysis.groups
+        },
         verification_error=error,
         target=budget,
         frozen={axis.name: axis.reason for axis in analysis.frozen},
@@ -170,6 +177,7 @@ def prune(
         device=_describe(device),
         seconds=time.perf_counter() - started,
         history=training.history,
+        metric="accuracy" if metric is None else getattr(metric, "__name__", "metric"),
     )
     return PruningResult(pruned, plan, report)
 
@@ -178,12 +186,42 @@ def prune(
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed all draws inside; the generators outside go on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which seeds the generators of all other devices as well.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 
 def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _require_repeatable(loader: Loader, val_loader: Loader | None) -> None:
+    for name, batches in (("loader", loader), ("val_loader", val_loader)):
+        if isinstance(batches, Iterator):
+            raise InputError(
+                f"the {name} is a {type(batches).__name__}, which can be gone through only once; "
+                "pass a DataLoader or a list"
+            )
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of the model, which has to be one that can be trained."""
+    low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+    if low:
+        raise InputError(
+            f"the model has parameters of {', '.join(sorted(map(str, low)))}, too coarse to train "
+            "noise on; pass model.float() and convert the result back"
+        )
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}). rbpfx works on a copy so that "
+            "your model stays as it is; detach tensors that the model caches in its attributes."
+        ) from error
 
 
 def _describe(device: torch.device) -> str:
@@ -197,16 +235,18 @@ def _example_inputs(model: nn.Module, loader: Loader, task: Task) -> tuple[Examp
     batch = next(iter(loader), None)
     if batch is None:
         raise InputError("the loader yields no batch")
-    inputs = task.example_inputs(model, batch)
+    inputs: ExampleInputs | None = None
     try:
+        inputs = task.example_inputs(model, batch)
         with evaluating(model), torch.no_grad():
             loss = task.loss(model, batch)
     except RbpfxError:
         raise
     except Exception as error:
-        shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        leaves = tree_leaves(batch if inputs is None else inputs)
+        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
         raise InputError(
-            f"the model and the loss do not run on the loader's first batch (inputs of shape "
+            f"the model and the loss do not run on the loader's first batch (tensors of shape "
             f"{shapes}): {error}"
         ) from error
     if not isinstance(loss, Tensor) or loss.ndim != 0:
@@ -243,13 +283,23 @@ def _take_weights(gm: fx.GraphModule, noisy: fx.GraphModule) -> None:
 def _evaluation(
     task: Task, metric: Metric | None, val_loader: Loader | None
 ) -> Callable[[nn.Module], float | None]:
+    """What is reported of a network."""
     if val_loader is None:
+        if metric is not None:
+            raise InputError("metric=... is computed on val_loader=...; give both")
         return lambda network: None
-    if metric is not None:
-        return lambda network: float(metric(network, val_loader))
-    if not task.is_classification:
-        return lambda network: None
-    return lambda network: task.accuracy(network, val_loader)
+    if metric is None:
+        if not task.is_classification:
+            raise InputError(
+                "with a loss of your own, give metric=... to say what is measured on val_loader"
+            )
+        return lambda network: task.accuracy(network, val_loader)
+
+    def evaluate(network: nn.Module) -> float:
+        with evaluating(network), torch.no_grad():
+            return float(metric(network, val_loader))
+
+    return evaluate
 
 
 class _Bar:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 from tabulate import tabulate
@@ -42,6 +44,7 @@ class Report:
         device: Where latency was measured, with the number of CPU threads.
         seconds: Wall time of the whole call.
         history: One entry per hardened group: step, strength, expected cost, open gates.
+        metric: Name of what `accuracy` is.
     """
 
     method: str
@@ -55,40 +58,44 @@ class Report:
     device: str
     seconds: float
     history: list[dict[str, Any]] = field(default_factory=list)
+    metric: str = "accuracy"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON types."""
-        return asdict(self)
+        """Everything as plain JSON types; numbers that JSON lacks, like infinity, are None."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     def __str__(self) -> str:
         return "\n\n".join([self._figures(), self._widths(), self._closing()])
 
     def _figures(self) -> str:
         dense, pruned = self.dense, self.pruned
-        rows = [
-            ["parameters", f"{dense.parameters:,}", f"{pruned.parameters:,}"]
-            + [_times(dense.parameters, pruned.parameters)],
-            ["MACs per example", f"{dense.macs:,}", f"{pruned.macs:,}"]
-            + [_times(dense.macs, pruned.macs)],
+        measured = [
+            ("parameters", dense.parameters, pruned.parameters, "{:,}".format),
+            ("MACs per example", dense.macs, pruned.macs, "{:,}".format),
+            *(
+                (f"latency, batch {batch}", before, pruned.latency[batch], _milliseconds)
+                for batch, before in dense.latency.items()
+            ),
         ]
-        for batch, before in dense.latency.items():
-            after = pruned.latency[batch]
-            rows.append(
-                [f"latency, batch {batch}", _milliseconds(before), _milliseconds(after)]
-                + [_times(before, after)]
-            )
+        rows = [
+            (name, show(before), show(after), _times(before, after))
+            for name, before, after, show in measured
+        ]
         if dense.accuracy is not None and pruned.accuracy is not None:
-            change = 100 * (pruned.accuracy - dense.accuracy)
-            rows.append(
-                ["accuracy", f"{dense.accuracy:.2%}", f"{pruned.accuracy:.2%}"]
-                + [f"{change:+.2f} points"]
-            )
+            rows.append((self.metric, *self._accuracies(dense.accuracy, pruned.accuracy)))
         return tabulate(
             rows,
             headers=["", "dense", "pruned", "change"],
             colalign=("left", "right", "right", "right"),
             disable_numparse=True,
         )
+
+    def _accuracies(self, before: float, after: float) -> tuple[str, str, str]:
+        """Accuracies in percent; another metric as it is."""
+        if self.metric == "accuracy":
+            return f"{before:.2%}", f"{after:.2%}", f"{100 * (after - before):+.2f} points"
+        return f"{before:.4g}", f"{after:.4g}", f"{after - before:+.4g}"
 
     def _widths(self) -> str:
         rows = [
@@ -112,6 +119,14 @@ class Report:
 
 def _times(before: float, after: float) -> str:
     return f"{before / after:.2f}x less" if after else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _milliseconds(seconds: float) -> str:

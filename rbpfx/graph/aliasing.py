@@ -1,4 +1,4 @@
-"""In-place operators, and which values share memory.
+"""Aliasing: which values share memory, and what in-place operators do to them.
 
 The fake tensors in `node.meta["val"]` share storage exactly where the real ones do, so aliasing
 is looked up there instead of being guessed from operator names.
@@ -6,48 +6,13 @@ is looked up there instead of being guessed from operator names.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-
-def modifies_in_place(node: fx.Node, root: nn.Module) -> bool:
-    """Whether an operator changes its first argument.
-
-    Args:
-        node: A call of any kind.
-        root: The module whose submodules `call_module` nodes name.
-    """
-    if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = str(getattr(node.target, "__name__", node.target))
-    if name == "setitem" or name in _AUGMENTED:
-        return True
-    if name.endswith("_") and not name.endswith("__"):
-        return name != "requires_grad_"
-    return bool(node.kwargs.get("inplace") or _positional_inplace(node))
-
-
-_AUGMENTED = frozenset(
-    f"i{name}" for name in "add sub mul truediv floordiv mod pow matmul and or xor".split()
-)
-
-
-def _positional_inplace(node: fx.Node) -> Any:
-    """The argument called `inplace` where it is given by position."""
-    if True not in [a for a in node.args if isinstance(a, bool)] or not callable(node.target):
-        return False
-    try:
-        names = list(inspect.signature(node.target).parameters)
-    except (TypeError, ValueError):
-        return False
-    position = names.index("inplace") if "inplace" in names else len(node.args)
-    return position < len(node.args) and node.args[position]
+from rbpfx.graph.calls import modifies_in_place
 
 
 class Memory:

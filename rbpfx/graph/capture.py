@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -46,8 +46,22 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod"):
     setattr(_Proxy, f"__{_name}__", _augmented(_name))
 
 
-class Tracer(fx.Tracer):
-    """`torch.fx.Tracer` with extra leaf modules, fixed arguments and errors that name the place.
+class GraphTracer(fx.Tracer):
+    """`torch.fx.Tracer` that keeps in-place operators and operators on buffers as they are.
+
+    Graphs name it as their tracer, because unpickling a `GraphModule` traces its code again.
+    """
+
+    # Else operators on buffers would run once, while tracing, and leave a constant behind.
+    proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that knows in-place operators."""
+        return _Proxy(node, self)
+
+
+class Tracer(GraphTracer):
+    """The tracer of models: extra leaf modules, fixed arguments, errors that name the place.
 
     Args:
         leaf_modules: Classes or qualified names of modules that are not traced into.
@@ -62,10 +76,6 @@ class Tracer(fx.Tracer):
         self.leaf_types = tuple(leaf for leaf in leaf_modules if isinstance(leaf, type))
         self.supplied = supplied
         self.failed_in: str | None = None
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A proxy that knows in-place operators."""
-        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a call of `m` stays one `call_module` node."""
@@ -149,6 +159,7 @@ def trace(
     in_train = _symbolic_graph(root.train(), leaf_modules, supplied)
     in_eval = _symbolic_graph(root.eval(), leaf_modules, supplied)
     graph = merge_modes(in_train, in_eval, root)
+    graph._tracer_cls = GraphTracer
     gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
     for name, module in gm.named_modules():
         module.training = training.get(name, model.training)
@@ -218,7 +229,7 @@ def record_metadata(gm: fx.GraphModule, values: list[Any] | None = None) -> None
                 value.shape, value.stride(), dtype=value.dtype, device=value.device
             )
 
-    propagation = FakeTensorProp(gm, mode)
+    propagation = _MetadataProp(gm, mode)
     with evaluating(gm), torch.no_grad():
         try:
             propagation.propagate_dont_convert_inputs(*(map_aggregate(v, fake) for v in values))
@@ -229,6 +240,32 @@ def record_metadata(gm: fx.GraphModule, values: list[Any] | None = None) -> None
             ) from error
     for node in placeholders:
         node.meta.setdefault("val", None)
+
+
+class _MetadataProp(FakeTensorProp):
+    """Fake tensors everywhere but in leaf modules whose Python code depends on values."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a module with fake tensors; if it refuses them, a copy of it with real ones."""
+        try:
+            return super().call_module(target, args, kwargs)
+        except Exception as refusal:
+            try:
+                with unset_fake_temporarily():
+                    module = copy.deepcopy(self.fetch_attr(target))
+                    result = module(*map_aggregate(args, _ones), **map_aggregate(kwargs, _ones))
+            except Exception:
+                raise refusal from None
+            return map_aggregate(result, self._faked)
+
+    def _faked(self, value: Any) -> Any:
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def _ones(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.ones(value.shape, dtype=value.dtype, device=value.device)
 
 
 @contextmanager

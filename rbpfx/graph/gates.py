@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from rbpfx.errors import RbpfxError
 from rbpfx.graph.aliasing import Memory
+from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.groups import Analysis, ChannelGroup, example_batch
 from rbpfx.graph.propagation import Read
 from rbpfx.graph.provenance import Atoms
@@ -200,7 +201,7 @@ class _Inserter:
         values = [self.outputs[i] for i in gated]
         ndim = len(shape_of(read.source))
         buffer = None if identity else self._index_buffer(index)
-        return self.graph.call_function(channel_multiplier, (values, buffer, read.dim, ndim))
+        return call_leaf(self.graph, channel_multiplier, (values, buffer, read.dim, ndim))
 
     def _index_buffer(self, index: Atoms) -> fx.Node:
         container = self.gm.get_submodule(CONTAINER)

@@ -276,6 +276,7 @@ def analyze(gm: fx.GraphModule, *, unit: str = "channel") -> Analysis:
 
     Raises:
         RbpfxError: The graph has no metadata, or `unit` is none of the two.
+        RuleError: An operator rule contradicts the shapes in the graph.
     """
     if unit not in UNITS:
         raise RbpfxError(f"unit must be one of {UNITS}, not {unit!r}")

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any, TypeVar
 
+import torch
 from torch import fx, nn
 from torch.fx.node import Argument, map_arg
 from torch.utils._pytree import tree_leaves
 
 from rbpfx.errors import CaptureError
-from rbpfx.graph.aliasing import modifies_in_place
+from rbpfx.graph.calls import call_leaf, modifies_in_place
 
 T = TypeVar("T")
 
 MODE_FLAG = "training_mode"
+_CONSTANT = "_tensor_constant"  # the prefix of torch.fx
 
 
 class TrainingMode(nn.Module):
@@ -89,7 +91,7 @@ class _Merger:
 
     def _find(self, node: fx.Node) -> fx.Node | None:
         """The node of the train graph that does the same, its constants made to fit both modes."""
-        candidates = self.waiting[node.op, node.target]
+        candidates = self.waiting[node.op, self._constant(node) or node.target]
         wanted = self._mapped((node.args, node.kwargs))
         match = next((c for c in candidates if (c.args, c.kwargs) == wanted), None)
         if match is None:
@@ -100,6 +102,18 @@ class _Merger:
             match.kwargs = self._choose(match.kwargs, wanted[1], match)
         candidates.remove(match)
         return match
+
+    def _constant(self, node: fx.Node) -> str | None:
+        """The name in the train graph of a tensor that the forward made; each trace makes one."""
+        if node.op != "get_attr" or not str(node.target).startswith(_CONSTANT):
+            return None
+        value = getattr(self.root, str(node.target))
+        for op, name in self.waiting:
+            if op == "get_attr" and name.startswith(_CONSTANT):
+                other = getattr(self.root, name)
+                if other.dtype == value.dtype and torch.equal(other, value):
+                    return str(name)
+        return None
 
     def _copy(self, node: fx.Node) -> fx.Node:
         """Add a node that only the eval graph has."""
@@ -131,7 +145,7 @@ class _Merger:
         if output.args != in_eval:
             flag = self._mode_flag(output)
             with self.graph.inserting_before(output):
-                chosen = self.graph.call_function(by_mode, (flag, output.args[0], in_eval[0]))
+                chosen = call_leaf(self.graph, by_mode, (flag, output.args[0], in_eval[0]))
             output.args = (chosen,)
 
     def _mapped(self, args: Any) -> Any:
@@ -150,7 +164,7 @@ class _Merger:
         if in_train is True and in_eval is False:
             return flag
         with self.graph.inserting_before(user):
-            return self.graph.call_function(by_mode, (flag, in_train, in_eval))
+            return call_leaf(self.graph, by_mode, (flag, in_train, in_eval))
 
     def _mode_flag(self, user: fx.Node) -> fx.Node:
         if self.flag is None:

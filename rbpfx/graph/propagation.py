@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from rbpfx.errors import RuleError
 from rbpfx.graph.aliasing import Memory
 from rbpfx.graph.modes import evaluated_nodes
 from rbpfx.graph.provenance import Atoms, Block, Identities, Label
-from rbpfx.graph.rules.base import find_rule, operator_name, shape_of, submodule
+from rbpfx.graph.rules.base import Rule, find_rule, operator_name, shape_of, submodule
 
 Labels: TypeAlias = Label | tuple["Label | None", ...] | None
 ParameterAxis: TypeAlias = tuple[str, int]
@@ -208,9 +209,9 @@ class Propagation:
         dim %= label.ndim
         atoms: tuple[Atoms, ...] = (self.axis(label, dim, _untracked_reason(source)),)
         axis = operand.parameter_axis(weight_dim)
-        if split_features and self.unit == "feature" and axis is not None:
-            if len(np.unique(atoms[0])) < len(atoms[0]):
-                atoms = (*atoms, self._flattened_features(node, source, dim, axis))
+        may_split = split_features and self.unit == "feature" and axis is not None
+        if may_split and axis is not None and len(np.unique(atoms[0])) < len(atoms[0]):
+            atoms = (*atoms, self._flattened_features(node, source, dim, axis))
         self.reads.append(Read(node, source, dim, atoms, axis))
         if axis is not None:
             self.read_uses[axis] += 1
@@ -278,7 +279,7 @@ class Propagation:
     def _step(self, node: fx.Node) -> Labels:
         rule = find_rule(node, self.gm)
         if rule is not None:
-            return rule.propagate(node, self)
+            return self._apply(rule, node)
         if isinstance(node.target, type) and hasattr(node.target, "_fields"):
             values = (*node.args, *node.kwargs.values())
             return tuple(self._packed(value) for value in values)
@@ -292,6 +293,29 @@ class Propagation:
         if node.op == "call_module":
             self._pin_tensors(str(node.target), reason)
         return unfollowed(node)
+
+    def _apply(self, rule: Rule, node: fx.Node) -> Labels:
+        """Let a rule speak, and check that what it says has the shape of the value."""
+        try:
+            labels = rule.propagate(node, self)
+        except ValueError as error:
+            raise self._misfit(rule, node, str(error)) from error
+        value = node.meta.get("val")
+        if isinstance(labels, Label) and isinstance(value, Tensor):
+            described = labels.shape == tuple(value.shape) and all(
+                block.atoms.shape == tuple(labels.shape[d] for d in block.dims)
+                for block in labels.blocks
+            )
+            if not described:
+                message = f"it describes {labels}, the value has shape {tuple(value.shape)}"
+                raise self._misfit(rule, node, message)
+        return labels
+
+    def _misfit(self, rule: Rule, node: fx.Node, message: str) -> RuleError:
+        name = operator_name(node, self.gm)
+        return RuleError(
+            f"the rule {type(rule).__name__} does not fit {name} (node {node.name!r}): {message}"
+        )
 
     def _packed(self, value: object) -> Label | None:
         """Label of a field of a named tuple; several values in one field are pinned."""

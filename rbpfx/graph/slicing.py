@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
-from rbpfx.errors import PlanError
+from rbpfx.errors import InputError, PlanError, RuleError
 from rbpfx.graph.capture import record_metadata
 from rbpfx.graph.provenance import Atoms, Keep, Label
 from rbpfx.graph.rules.base import find_rule, shape_of
@@ -52,6 +52,7 @@ def rewrite(
 
     Raises:
         PlanError: The plan does not fit the network, or a multiplier cannot be folded.
+        RuleError: The emitted graph does not run.
     """
     keep = analysis.keep(plan)
     memo: dict[int, Any] = {}
@@ -65,7 +66,13 @@ def rewrite(
             rule.rewrite(node, state)
     emitted.graph.lint()
     emitted.recompile()
-    record_metadata(emitted)
+    try:
+        record_metadata(emitted)
+    except InputError as error:
+        raise RuleError(
+            f"the sliced network does not run, so an operator rule is wrong: {error} Exclude the "
+            "part of the network with leaf_modules=[...] and please report the model."
+        ) from error
     return emitted
 
 

@@ -42,7 +42,8 @@ def verify(
 
     Returns:
         max |masked - pruned| over all outputs, divided by the largest output magnitude; float64.
-        Infinite if shapes or the number of outputs differ, or one result alone is not finite.
+        Infinite if shapes, the number of outputs, or entries that are not finite differ, or if
+        an output has no finite entry at all, so that nothing could be compared.
     """
     inputs = list(bind_inputs(masked, example_inputs).values())
     with torch.random.fork_rng(devices=[]):
@@ -84,12 +85,18 @@ def difference(reference: Any, other: Any) -> float:
         if a.numel() == 0 or torch.equal(a, b):
             continue
         finite = torch.isfinite(a)
-        if not torch.equal(finite, torch.isfinite(b)):
+        if not finite.any() or not _same_elsewhere(a, b, finite):
             return float("inf")
         a, b = a[finite], b[finite]
         scale = a.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         worst = max(worst, float((a - b).abs().max() / scale))
     return worst
+
+
+def _same_elsewhere(a: Tensor, b: Tensor, finite: Tensor) -> bool:
+    """Whether infinities and NaNs agree."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return bool((same | finite).all() and torch.equal(finite, torch.isfinite(b)))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -92,6 +92,10 @@ class NoiseGate(nn.Module, ABC):
         """
 
     @abstractmethod
+    def openness(self) -> Tensor:
+        """How likely every unit is to stay, in [0, 1], `(size,)`: what a budget counts."""
+
+    @abstractmethod
     def score(self) -> Tensor:
         """How needed every unit is, `(size,)`; comparable between groups, larger is more."""
 

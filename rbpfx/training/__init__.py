@@ -1,0 +1,1 @@
+"""Training: the task, the recursion over the noise, the budget, the recovery."""

@@ -2,57 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import exp, log
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from rbpfx.errors import TargetError
 from rbpfx.graph.groups import Analysis
+from rbpfx.methods import NoiseGate, Phase
 from rbpfx.plan import PruningPlan
 
+BISECTIONS = 8
 Values = npt.NDArray[np.float64]
 
 
-class StrengthController:
-    """Steers the prior's strength so that the expected cost follows a falling budget.
+class BudgetProjection:
+    """Finds, at every step, the strength of the prior that holds a budget exactly.
 
-    A proportional-integral controller of log(strength): the integral finds the strength that
-    holds the budget, the proportional part answers at once and damps the swing that an integral
-    alone has, because gates answer only after tens of steps.
+    The divergence pulls every gate down with a force proportional to the strength. Instead of
+    choosing the strength beforehand, or steering it by a controller that always answers too
+    late, the optimiser first follows the data alone; then all gates are moved along the force of
+    the prior, as far as the budget asks: the strength is the Lagrange multiplier of the budget.
+    Where Adam scaled the data's gradient, the force is scaled alike, so that the two are weighed
+    against each other unit by unit.
 
     Args:
-        start: Strength at the start (per unit and example).
-        proportional: Gain on the error, relative to the budget.
-        integral: Gain per step on the error, relative to the budget.
-        span: Largest factor by which the strength may leave `start`, either way.
+        gates: The noise; gates that are not noisy stay as they are.
+        weights: What a unit of each gate weighs, in proportion to its cost.
+        cost: Expected share of the dense cost under the present gates.
     """
 
     def __init__(
-        self,
-        start: float,
-        proportional: float = 5.0,
-        integral: float = 0.2,
-        span: float = 1e3,
+        self, gates: Sequence[NoiseGate], weights: Sequence[Tensor], cost: Callable[[], float]
     ) -> None:
-        self.proportional = proportional
-        self.integral = integral
-        self.bounds = (log(start / span), log(start * span))
-        self.level = log(start)
+        self.gates = gates
+        self.weights = weights
+        self.cost = cost
 
-    def update(self, cost: float, budget: float, steps: int = 1) -> float:
-        """The strength for the next steps.
+    def apply(self, optimizer: torch.optim.Optimizer, budget: float) -> float:
+        """Move the gates until the expected cost is within the budget.
 
         Args:
-            cost: Expected share of the dense cost under the present gates.
-            budget: Share allowed now.
-            steps: How many steps it holds.
+            optimizer: The Adam that has just made its step on the gates.
+            budget: Share of the dense cost.
+
+        Returns:
+            The strength that this amounts to, per unit of weight and example; 0 if the budget
+            held already.
         """
-        error = (cost - budget) / budget
-        low, high = self.bounds
-        self.level = min(max(self.level + steps * self.integral * error, low), high)
-        return exp(min(max(self.level + self.proportional * error, low), high))
+        if self.cost() <= budget:
+            return 0.0
+        parameters, directions = self._directions(optimizer)
+        if not parameters:
+            return 0.0
+        start = [p.detach().clone() for p in parameters]
+
+        def within(distance: float) -> bool:
+            with torch.no_grad():
+                for p, origin, direction in zip(parameters, start, directions, strict=True):
+                    p.copy_(origin - distance * direction)
+            return self.cost() <= budget
+
+        step = float(optimizer.param_groups[0]["lr"])
+        low, high = 0.0, step
+        while not within(high) and high < 1e6 * step:
+            low, high = high, 2 * high
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            if within(middle):
+                high = middle
+            else:
+                low = middle
+        within(high)
+        return high / step
+
+    def _directions(self, optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters of the noisy gates and the scaled force of the prior on each."""
+        noisy = [
+            (gate, weight)
+            for gate, weight in zip(self.gates, self.weights, strict=True)
+            if gate.phase is Phase.NOISY
+        ]
+        parameters: list[Tensor] = [p for gate, _ in noisy for p in gate.parameters()]
+        if not parameters:
+            return [], []
+        pressure = torch.stack([weight * gate.mean().sum() for gate, weight in noisy]).sum()
+        forces = torch.autograd.grad(pressure, parameters)
+        return parameters, [
+            force / _adam_scale(optimizer, p) for p, force in zip(parameters, forces, strict=True)
+        ]
+
+
+def _adam_scale(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """What Adam divided the gradient of a parameter by in its last step."""
+    state, group = optimizer.state[parameter], optimizer.param_groups[0]
+    correction = 1 - group["betas"][1] ** float(state["step"])
+    scale: Tensor = (state["exp_avg_sq"] / correction).sqrt() + group["eps"]
+    return scale
 
 
 def require_reachable(analysis: Analysis, share: float) -> None:

@@ -12,6 +12,8 @@ from rbpfx.errors import DivergenceError, RbpfxError
 from rbpfx.training.loop import (
     batches,
     gradient_step,
+    is_finite,
+    keeping_modes,
     refresh_batchnorm,
     snapshot,
     steps_per_epoch,
@@ -49,7 +51,7 @@ def finetune(
     """Refresh BatchNorm statistics, then train a network in place.
 
     Args:
-        model: The network; left in the mode it was in.
+        model: The network; every submodule is left in the mode it was in.
         loader: Training batches.
         task: Turns batches into losses.
         settings: How.
@@ -69,14 +71,15 @@ def finetune(
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     before = snapshot(model)
-    training = model.training
-    for step, batch in enumerate(batches(loader, steps), start=1):
-        model.train()
-        loss = task.loss(model, batch, teacher)
-        gradient_step(loss, [optimizer], lambda: _diverged(model, before, step))  # noqa: B023
-        schedule.step()
-        report(step, steps, float(loss.detach()))
-    model.train(training)
+    with keeping_modes(model):
+        for step, batch in enumerate(batches(loader, steps), start=1):
+            model.train()
+            loss = task.loss(model, batch, teacher)
+            gradient_step(loss, [optimizer], lambda: _diverged(model, before, step))  # noqa: B023
+            schedule.step()
+            report(step, steps, float(loss.detach()))
+    if not is_finite(model):
+        raise _diverged(model, before, steps)
 
 
 def _diverged(model: nn.Module, before: dict[str, torch.Tensor], step: int) -> DivergenceError:

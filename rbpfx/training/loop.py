@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
@@ -58,7 +59,7 @@ def gradient_step(
         raise on_divergence()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for optimizer in optimizers:
         optimizer.step()
 
@@ -66,6 +67,22 @@ def gradient_step(
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """A copy of a module's state, to return to."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether every parameter is a finite number."""
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Give every submodule its training flag back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 @torch.no_grad()
@@ -82,17 +99,15 @@ def refresh_batchnorm(model: nn.Module, loader: Loader, task: Task, max_batches:
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    training = [(module, module.training) for module in model.modules()]
-    try:
+    with keeping_modes(model):
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        for batch in batches(loader, min(max_batches, steps_per_epoch(loader))):
-            task.loss(model, batch)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, flag in training:
-            module.training = flag
+        try:
+            for batch in batches(loader, min(max_batches, steps_per_epoch(loader))):
+                task.loss(model, batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

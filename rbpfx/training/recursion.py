@@ -17,19 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from rbpfx.errors import DivergenceError, RbpfxError
-from rbpfx.graph.groups import Analysis, example_batch
+from rbpfx.errors import DivergenceError, InputError, RbpfxError
+from rbpfx.graph.groups import Analysis
 from rbpfx.methods import NoiseGate, Phase, noise_gates
 from rbpfx.plan import PruningPlan
-from rbpfx.training.budget import StrengthController, Values, cut
-from rbpfx.training.loop import batches, gradient_step, snapshot, steps_per_epoch
+from rbpfx.training.budget import BudgetProjection, Values, cut
+from rbpfx.training.loop import batches, gradient_step, is_finite, snapshot, steps_per_epoch
 from rbpfx.training.task import Loader, Task, examples_in
 
-import os, json
-def json_gains():
-    return json.loads(os.environ.get('GAINS','{}'))
-COST_INTERVAL = 4
-"""Steps between two evaluations of the expected cost."""
+SETTLING = 0.1
+"""Share of the budget's ramp in which it stays at 1, while Adam learns the gradients' scale."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class RecursiveTraining:
         self.needed: dict[str, npt.NDArray[np.bool_]] = {}
         self.multipliers: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
-        self.controller = StrengthController(settings.strength, **json_gains())
+        self.projection = BudgetProjection(self.gates, self.weights, self.expected_cost)
 
     def run(self, loader: Loader, report: Callable[[Progress], None] = lambda _: None) -> None:
         """Train and harden every group.
@@ -151,56 +148,65 @@ class RecursiveTraining:
             report: Called after every step.
 
         Raises:
+            InputError: The loss does not depend on the network.
             DivergenceError: The loss is no finite number any more; `noisy` is back at the state
-                after the last hardening.
+                after the last hardening that was followed by a finite loss.
         """
         settings = self.settings
         per_epoch = steps_per_epoch(loader)
         steps = max(round(settings.epochs * per_epoch), len(self.gates))
         examples = examples_in(loader)
-        good = snapshot(self.noisy)
+        good = latest = self._state()
         optimizers = self._optimizers()
         schedule = Schedule.plan(len(self.gates), steps, settings)
         evidence = Evidence(max(round(settings.patience * per_epoch), 1), settings.tolerance)
-        strength, cost = settings.strength, 1.0
+        strength = settings.strength if self.budget is None else 0.0
         front = 0
         for step, batch in enumerate(batches(loader, steps)):
             for index, gate in enumerate(self.gates[front:], start=front):
                 gate.phase = schedule.phase(index, front)
-            if self.budget is not None and step % COST_INTERVAL == 0:
-                cost = self.expected_cost()
-                allowed = schedule.budget(step, self.budget)
-                strength = self.controller.update(cost, allowed, COST_INTERVAL)
             self.noisy.train()
             loss = self.task.loss(self.noisy, batch, self.teacher)
-            divergence = self._divergence(strength * examples) / examples
+            if not loss.requires_grad:
+                raise InputError(
+                    "the loss does not depend on the network: it was detached, or computed under "
+                    "torch.no_grad() or by operations without a gradient"
+                )
+            divergence = self._divergence(examples)
             gradient_step(
                 loss + divergence,
                 optimizers,
                 lambda: self._diverged(good, front, step),  # noqa: B023
             )
+            good = latest
+            if self.budget is not None:
+                strength = self.projection.apply(optimizers[0], schedule.budget(step, self.budget))
             bound = float(loss.detach() + divergence.detach())
             if front == 0 and self.budget is None and evidence.settled(bound):
                 schedule = schedule.started(step + 1)
-            reached = self._progress(step, schedule.steps, front, loss, bound, strength, cost)
+            reached = self._progress(step, schedule.steps, front, loss, bound, strength)
             while front < len(self.gates) and schedule.hardens(step, front):
                 self._harden(self.gates[front])
                 self.history.append({**asdict(reached), "group": self.gates[front].group})
-                good = snapshot(self.noisy)
+                latest = self._state()
                 front += 1
             report(reached)
             if front == len(self.gates):
                 break
+        if not is_finite(self.noisy):
+            raise self._diverged(good, front, step)
 
     def expected_cost(self) -> float:
-        """Share of the dense multiply-accumulates under the mean multipliers.
+        """Share of the dense multiply-accumulates, given how open the gates are.
 
         Groups that wait count as if they were at the budget already, so that a strict recursion
         asks its fair share of every group.
         """
         waiting = 1.0 if self.budget is None else self.budget**0.5
-        means = {g.group: _mean(g) if g.phase is not Phase.WAITING else waiting for g in self.gates}
-        return self.analysis.macs(self.analysis.gather(means)) / self.dense_macs
+        shares: dict[str, Values | float] = {}
+        for gate in self.gates:
+            shares[gate.group] = waiting if gate.phase is Phase.WAITING else _openness(gate)
+        return self.analysis.macs(self.analysis.gather(shares)) / self.dense_macs
 
     def plan(self) -> PruningPlan:
         """Which units stay: the highest scores within the budget, or the method's own rule."""
@@ -221,12 +227,18 @@ class RecursiveTraining:
             self.multipliers[gate.group] = mean.clone()
             gate.harden(needed)
 
-    def _divergence(self, strength: float) -> Tensor:
+    def _divergence(self, examples: int) -> Tensor:
+        """Weighted divergence of all noisy gates per example.
+
+        With a budget the strength of the prior is applied by the projection; what is left here
+        is the divergence from a prior of strength 1, which hardly pulls.
+        """
+        strength = 1.0 if self.budget is not None else self.settings.strength * examples
         total = self.weights[0].new_zeros(())
         for gate, weight in zip(self.gates, self.weights, strict=True):
             if gate.phase is Phase.NOISY:
                 total = total + weight.to(total) * gate.divergence(strength).sum()
-        return total
+        return total / examples
 
     def _unit_weights(self) -> list[Tensor]:
         """One weight per group, proportional to the cost of a unit, of mean 1 over all units."""
@@ -256,15 +268,24 @@ class RecursiveTraining:
             )
         return optimizers
 
-    def _diverged(self, good: dict[str, Tensor], front: int, step: int) -> DivergenceError:
-        self.noisy.load_state_dict(good)
+    def _state(self) -> tuple[dict[str, Tensor], list[Phase]]:
+        """A state to return to."""
+        return snapshot(self.noisy), [gate.phase for gate in self.gates]
+
+    def _diverged(
+        self, good: tuple[dict[str, Tensor], list[Phase]], front: int, step: int
+    ) -> DivergenceError:
+        state, phases = good
+        self.noisy.load_state_dict(state)
+        for gate, phase in zip(self.gates, phases, strict=True):
+            gate.phase = phase
         group = self.gates[min(front, len(self.gates) - 1)].group
         return DivergenceError(
-            f"the loss is not a finite number at step {step}, while group {group!r} was trained. "
-            "The network is back at its last good state (error.model). Lower "
+            f"the loss is not a finite number at step {step + 1}, with group {group!r} at "
+            "the front. The network is back at its last good state (error.model). Lower "
             "Recursion(weight_lr=...) or strength, and check the batches for NaN.",
             stage=group,
-            step=step,
+            step=step + 1,
             model=self.noisy,
         )
 
@@ -276,10 +297,10 @@ class RecursiveTraining:
         loss: Tensor,
         bound: float,
         strength: float,
-        cost: float,
     ) -> Progress:
         group = self.gates[min(front, len(self.gates) - 1)].group
-        open_gates = sum(int((_mean(gate) > 0.5).sum()) for gate in self.gates)
+        cost = self.expected_cost()
+        open_gates = sum(int((_openness(gate) > 0.5).sum()) for gate in self.gates)
         value = float(loss.detach())
         return Progress(step + 1, steps, group, front, value, bound, strength, cost, open_gates)
 
@@ -320,7 +341,9 @@ class Schedule:
 
     def budget(self, step: int, target: float) -> float:
         """Share of the cost allowed at a step: falls linearly from 1, then stays."""
-        return 1 - (1 - target) * min((step + 1) / (self.ramp + 1), 1)
+        settling = SETTLING * self.ramp
+        fallen = (step + 1 - settling) / (self.ramp - settling + 1)
+        return 1 - (1 - target) * min(max(fallen, 0), 1)
 
     def started(self, step: int) -> Schedule:
         """The same schedule with the front setting out at `step` instead of later."""
@@ -356,8 +379,13 @@ class Evidence:
         return before - now < self.tolerance * abs(first - now)
 
 
-def _mean(gate: NoiseGate) -> Values:
+def _openness(gate: NoiseGate) -> Values:
     with torch.no_grad():
-        mean = gate.constants if gate.phase is Phase.HARDENED else gate.mean()
-        values: Values = mean.double().cpu().numpy()
+        if gate.phase is Phase.HARDENED:
+            openness = (gate.constants != 0).double()
+        elif gate.phase is Phase.WAITING:
+            openness = torch.ones_like(gate.constants)
+        else:
+            openness = gate.openness()
+        values: Values = openness.double().cpu().numpy()
         return values

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from rbpfx.errors import InputError
 from rbpfx.graph.capture import ExampleInputs, call_with, evaluating
@@ -45,8 +47,10 @@ class Task:
 
     @property
     def is_classification(self) -> bool:
-        """Whether the default loss is used, so that top-1 accuracy means something."""
-        return self.loss_fn is None and self.forward is None
+        """Whether the loss is cross-entropy, so that top-1 accuracy means something."""
+        if self.loss_fn is None:
+            return self.forward is None
+        return self.loss_fn is F.cross_entropy or isinstance(self.loss_fn, nn.CrossEntropyLoss)
 
     def loss(self, model: nn.Module, batch: Any, teacher: nn.Module | None = None) -> Tensor:
         """Mean loss of a batch; half of it distilled from a teacher if there is one."""
@@ -71,14 +75,15 @@ class Task:
         return _recorded_call(model, lambda: self.forward(model, batch))  # type: ignore[misc]
 
     def accuracy(self, model: nn.Module, loader: Loader) -> float:
-        """Top-1 accuracy in eval mode, in [0, 1]."""
+        """Top-1 accuracy in eval mode, in [0, 1]; over pixels if there is a target for each."""
         correct = total = 0
         with evaluating(model), torch.no_grad():
             for batch in loader:
                 inputs, target = split_pair(to_device(batch, self.device))
-                predicted = main_output(call_with(model, inputs)).argmax(1)
-                correct += int((predicted == target).sum())
-                total += len(target)
+                scores = main_output(call_with(model, inputs))
+                wanted = target.argmax(1) if target.shape == scores.shape else target
+                correct += int((scores.argmax(1) == wanted).sum())
+                total += wanted.numel()
         if total == 0:
             raise InputError("the validation loader yields no batch")
         return correct / total
@@ -91,14 +96,15 @@ def classification_loss(output: Any, target: Tensor) -> Tensor:
         InputError: Output or target are not those of a classifier.
     """
     scores = main_output(output)
-    if target.is_floating_point() and target.shape != scores.shape or scores.ndim < 2:
+    if (target.is_floating_point() and target.shape != scores.shape) or scores.ndim < 2:
         raise InputError(
             f"the default loss is cross-entropy, but the output has shape {tuple(scores.shape)} "
             f"and the target {tuple(target.shape)} of {target.dtype}; pass loss_fn=..."
         )
     loss = F.cross_entropy(scores, target)
-    auxiliary = [o for o in output[1:] if isinstance(o, Tensor)] if _is_tuple(output) else []
-    for head in auxiliary:
+    # A second output of another shape is no head: features, for example.
+    others = output[1:] if _is_tuple(output) else ()
+    for head in (o for o in others if isinstance(o, Tensor) and o.shape == scores.shape):
         loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(head, target)
     return loss
 
@@ -172,11 +178,11 @@ def examples_in(loader: Loader) -> int:
 
 
 def batch_size(batch: Any) -> int:
-    """Number of examples in a nested batch: the length of its first tensor."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    return batch_size(next(iter(values))) if isinstance(values, Iterable) else 1
+    """Number of examples in a nested batch: the length of its first tensor that has axes."""
+    if isinstance(batch, Mapping):
+        batch = dict(batch)
+    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    return next((len(tensor) for tensor in tensors), 1)
 
 
 def _is_tuple(output: Any) -> bool:
@@ -199,4 +205,6 @@ def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> ExampleInputs:
     if not calls:
         raise InputError("forward(model, batch) never calls the model it is given")
     args, kwargs = calls[0]
-    return kwargs if kwargs and not args else args
+    if args and kwargs:
+        return inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return kwargs or args

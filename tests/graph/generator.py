@@ -171,7 +171,7 @@ class _Builder:
         self.values: list[Tensor] = [torch.randn(BATCH, *shape) for shape in shapes]
         self.used: set[int] = set()
         self.fresh: set[int] = set()  # may be modified in place: nobody has saved them
-        self.called: list[tuple[str, tuple[int, ...], int]] = []
+        self.called: list[tuple[str, tuple[int, ...]]] = []
 
     def build(self) -> None:
         program, rng = self.program, self.rng
@@ -245,8 +245,8 @@ class _Builder:
     def call(self, module: nn.Module, index: int, *, fresh: bool = False) -> int | None:
         name = self.module(module)
         result = self.add(lambda m, x: m.get_submodule(name)(x), index, fresh=fresh)
-        if result is not None:
-            self.called.append((name, self.shape(index), index))
+        if result is not None and not getattr(module, "inplace", False):
+            self.called.append((name, self.shape(index)))
         return result
 
     def produce(self, index: int) -> int:
@@ -361,17 +361,17 @@ def batch_norm(b: _Builder, x: int) -> int | None:
 @operator(1)
 def shared_call(b: _Builder, x: int) -> int | None:
     """Call a module a second time."""
-    known = [name for name, shape, _ in b.called if shape[1:] == b.shape(x)[1:]]
+    known = [name for name, shape in b.called if shape[1:] == b.shape(x)[1:]]
     if not known:
         return None
     name = b.rng.choice(known)
     return b.add(lambda m, v: m.get_submodule(name)(v), x)
 
 
-@operator(0.7)
+@operator(1.5)
 def tied_weight(b: _Builder, x: int) -> int | None:
     """A new layer over an old layer's weight."""
-    for name, shape, _ in reversed(b.called):
+    for name, shape in reversed(b.called):
         old = b.program.get_submodule(name)
         if shape[1:] == b.shape(x)[1:] and type(old) in (nn.Conv2d, nn.Linear):
             if isinstance(old, nn.Linear):
@@ -423,7 +423,7 @@ def activation(b: _Builder, x: int) -> int | None:
     return b.add(lambda m, v: function(v), x)
 
 
-@operator(1)
+@operator(2)
 def in_place(b: _Builder, x: int) -> int | None:
     """Later steps may read the value from before; they see it changed."""
     if x not in b.fresh:
@@ -446,7 +446,7 @@ def in_place(b: _Builder, x: int) -> int | None:
     return result
 
 
-@operator(0.4)
+@operator(2)
 def in_place_on_slice(b: _Builder, x: int) -> int | None:
     """Changes a part of a value through a view of it."""
     size = b.shape(x)[1]
@@ -489,6 +489,7 @@ def layer_scale(b: _Builder, x: int) -> int | None:
         lambda v, w: v * w,
         lambda v, w: v + w,
         lambda v, w: torch.where(v > w, v, w * 0.1),
+        lambda v, w: v + w * torch.tensor([0.5]),
         lambda v, w: torch.maximum(v, w),
         lambda v, w: v.clamp(max=w),
     ]
@@ -562,7 +563,8 @@ def residual(b: _Builder, x: int) -> int | None:
         return None
     width = b.rng.choice([4, 6])
     inner = b.call(nn.Conv2d(shape[1], width, 3, padding=1, bias=False), x)
-    assert inner is not None
+    if inner is None:
+        return None
     normed = b.call(nn.BatchNorm2d(width), inner)
     assert normed is not None
     active = b.call(nn.ReLU(inplace=True), normed)
@@ -765,6 +767,16 @@ def flatten_sizes(b: _Builder, x: int) -> int | None:
         lambda v: v.reshape(v.shape[0], -1).sin().view(v.shape[0], shape[1], *shape[2:]),
         lambda v: v.flatten(1).unflatten(1, (v.shape[1], *shape[2:])),
     ]
+    if b.rng.random() < 0.3:
+        # Channels that become examples for a while, and are mixed by nothing.
+        name = b.module(nn.Linear(shape[-1], 4))
+
+        def folded(m: Any, v: Any) -> Any:
+            n, c = v.shape[0], v.shape[1]
+            rows = v.reshape(n * c, *shape[2:])
+            return m.get_submodule(name)(rows).sigmoid().reshape(n, c, *shape[2:-1], 4)
+
+        return b.add(folded, x)
     function = b.rng.choice(functions)
     return b.add(lambda m, v: function(v), x)
 
@@ -830,7 +842,38 @@ def group_view(b: _Builder, x: int) -> int | None:
         lambda m, v: v.unflatten(1, (g, -1)).sum(1),
         lambda m, v: v.unflatten(1, (g, -1))[:, 1:].flatten(1, 2),
     ]
+    if b.rng.random() < 0.2:
+        return b.call(nn.Unflatten(1, (g, shape[1] // g)), x)
     return b.add(b.rng.choice(functions), x)
+
+
+@operator(0.8)
+def computed_weight(b: _Builder, x: int) -> int | None:
+    """Weights that are the result of operators, or that have another use."""
+    features = b.shape(x)[-1]
+    weight, scale = b.parameter(torch.randn(6, features) * 0.3), b.parameter(torch.rand(6, 1))
+    functions: list[Function] = [
+        lambda m, v: F.linear(v, getattr(m, weight) * getattr(m, scale)),
+        lambda m, v: F.linear(v, getattr(m, weight)) + getattr(m, weight).mean(),
+        lambda m, v: F.linear(v, getattr(m, weight).tanh()),
+        lambda m, v: F.linear(v, getattr(m, weight).t().contiguous().t()),
+        lambda m, v: F.linear(F.linear(v, getattr(m, weight)), getattr(m, weight).t()),
+        lambda m, v: F.linear(v, getattr(m, weight), getattr(m, scale)[:, 0]),
+        lambda m, v: F.linear(v, torch.cat([getattr(m, weight), getattr(m, weight)[1:3]])),
+        lambda m, v: F.linear(v, getattr(m, weight)[::2]),
+    ]
+    if b.rng.random() < 0.2:
+        layer = nn.Linear(features, 6)
+        nn.utils.parametrize.register_parametrization(layer, "weight", _Doubled())
+        return b.call(layer, x)
+    return b.add(b.rng.choice(functions), x)
+
+
+class _Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2.0
 
 
 @operator(0.8)

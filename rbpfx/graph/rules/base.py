@@ -60,15 +60,20 @@ def register(rule: R, *operators: Hashable) -> R:
 def find_rule(node: fx.Node, gm: fx.GraphModule) -> Rule | None:
     """The rule of a node: by module class, function or method name.
 
-    A subclass shares the rule of its nearest registered base as long as it inherits `forward`.
+    A subclass shares the rule of its nearest registered base as long as it inherits `forward`. A
+    module with forward hooks has no rule: they may do anything.
     """
     if node.op != "call_module":
         return _REGISTRY.get(node.target)
-    cls = type(submodule(gm, str(node.target)))
-    base = next((c for c in cls.__mro__ if c in _REGISTRY), None)
-    if base is None or getattr(cls, "forward", None) is not getattr(base, "forward", None):
+    module = submodule(gm, str(node.target))
+    base = next((c for c in type(module).__mro__ if c in _REGISTRY), None)
+    if base is None or _has_hooks(module) or type(module).forward is not base.forward:
         return None
     return _REGISTRY[base]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def submodule(root: nn.Module, target: str) -> nn.Module:
@@ -83,7 +88,9 @@ def submodule(root: nn.Module, target: str) -> nn.Module:
 def operator_name(node: fx.Node, gm: fx.GraphModule) -> str:
     """The operator of a node as a user would write it, for messages."""
     if node.op == "call_module":
-        return type(gm.get_submodule(str(node.target))).__name__
+        module = submodule(gm, str(node.target))
+        name = type(module).__name__
+        return f"{name} with forward hooks" if _has_hooks(module) else name
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     if isinstance(node.target, Callable):  # type: ignore[arg-type]

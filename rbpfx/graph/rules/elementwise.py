@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
 
+from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.propagation import Labels, Propagation, unfollowed
 from rbpfx.graph.provenance import Label
 from rbpfx.graph.rules.base import (
@@ -104,7 +105,7 @@ def _restore_sizes(user: fx.Node, node: fx.Node, original: dict[int, int], state
     user, node = state.twin(user), state.twin(node)
     with state.gm.graph.inserting_before(user):
         args = (node, tuple(original), tuple(original.values()))
-        user.replace_input_with(node, state.gm.graph.call_function(with_sizes, args))
+        user.replace_input_with(node, call_leaf(state.gm.graph, with_sizes, args))
 
 
 _MODULES = (

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from rbpfx.graph.propagation import Labels, Propagation, unfollowed
-from rbpfx.graph.provenance import Block, Label
+from rbpfx.graph.provenance import Atoms, Block, Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
@@ -35,6 +35,9 @@ def reshape(state: Propagation, label: Label, shape: Sequence[int], reason: str)
     blocks: list[Block] = []
     for old, new in _runs(label.shape, tuple(shape)):
         inside = [b for b in label.blocks if set(b.dims) & set(old)]
+        if not inside and state.unit == "feature" and len(new) == 1 < len(old) and new != [0]:
+            blocks.append(Block((new[0],), _one_channel(state, shape[new[0]])))
+            continue
         if len(inside) != 1 or not set(inside[0].dims) <= set(old):
             state.pin(Label(label.shape, tuple(inside)), f"{reason} mixes followed axes")
             continue
@@ -47,6 +50,16 @@ def reshape(state: Propagation, label: Label, shape: Sequence[int], reason: str)
         else:
             state.identities.pin(inside[0].atoms, "only one channel")
     return Label(tuple(shape), tuple(blocks))
+
+
+def _one_channel(state: Propagation, size: int) -> Atoms:
+    """Positions of a flattened value that is not followed: one channel that stays.
+
+    A linear layer that reads them may still treat them as features of their own.
+    """
+    atom = state.identities.new(1)
+    state.identities.pin(atom, "flattened from axes that are not followed")
+    return np.repeat(atom, size)
 
 
 def _runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

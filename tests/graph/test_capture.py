@@ -1,0 +1,311 @@
+"""Capture: one graph that equals the model in both modes, and errors that help."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rbpfx.errors import CaptureError, InputError, RbpfxError
+from rbpfx.graph.capture import (
+    bind_inputs,
+    call_with,
+    evaluating,
+    record_metadata,
+    trace,
+)
+from rbpfx.graph.groups import analyze
+from rbpfx.graph.modes import TrainingMode
+from tests.graph.laws import Snapshot
+
+
+class Dropping(nn.Module):
+    """Functional dropout, and an auxiliary result in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.aux = nn.Linear(4, 2)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.norm(self.conv(x)).mean((2, 3))
+        x = F.dropout(x, 0.5, training=self.training)
+        if self.training:
+            return self.head(x), self.aux(x)
+        return self.head(x)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 2.0, bias: Tensor | None = None) -> Tensor:
+        x = self.linear(x) * scale
+        return x if bias is None else x + bias
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.inner = Branching()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.first(x))
+
+
+def same(model: nn.Module, gm: nn.Module, *inputs: Tensor, **kwargs: Any) -> None:
+    results = []
+    for network in (model, gm):
+        torch.manual_seed(0)
+        results.append(network(*inputs, **kwargs))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_both_modes_in_one_graph() -> None:
+    model = Dropping()
+    x = torch.randn(4, 3, 5, 5)
+    gm = trace(model, x)
+    for mode in (True, False, True):
+        model.train(mode)
+        gm.train(mode)
+        same(model, gm, x)
+    assert isinstance(gm.train()(x), tuple)
+    assert isinstance(gm.eval()(x), Tensor)
+    assert gm.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_model_that_ignores_the_mode_needs_no_flag() -> None:
+    gm = trace(Plain(), torch.zeros(2, 4))
+    assert not any(isinstance(m, TrainingMode) for m in gm.modules())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_the_mode_survives_copies(duplicate: Any) -> None:
+    model = Dropping()
+    x = torch.randn(4, 3, 5, 5)
+    gm = duplicate(trace(model, x))
+    for mode in (True, False):
+        model.train(mode)
+        gm.train(mode)
+        same(model, gm, x)
+
+
+def test_training_flags_of_every_module_are_kept() -> None:
+    model = Dropping().train()
+    model.norm.eval()
+    gm = trace(model, torch.randn(2, 3, 5, 5))
+    assert gm.training and gm.get_submodule("conv").training
+    assert not gm.get_submodule("norm").training
+    assert not trace(Dropping().eval(), torch.randn(2, 3, 5, 5)).training
+
+
+def test_nothing_leaks_into_the_users_model() -> None:
+    model = Dropping()
+    x = torch.randn(4, 3, 5, 5)
+    before, attributes = Snapshot.of(model), set(vars(model))
+    gm = trace(model, x)
+    gm.train()(x)
+    before.check(model)
+    assert set(vars(model)) == attributes
+    assert all(p is not q for p in model.parameters() for q in gm.parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_metadata_on_every_node() -> None:
+    gm = trace(Dropping(), torch.zeros(2, 3, 5, 5))
+    for node in gm.graph.nodes:
+        assert "val" in node.meta, node
+    (conv,) = (n for n in gm.graph.nodes if n.target == "conv")
+    assert tuple(conv.meta["val"].shape) == (2, 4, 5, 5)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.zeros(2, 4),
+        (torch.zeros(2, 4),),
+        [torch.zeros(2, 4), 3.0],
+        {"x": torch.zeros(2, 4), "scale": 3.0},
+        {"x": torch.zeros(2, 4), "bias": torch.ones(4)},
+        (torch.zeros(2, 4), 0.5, torch.ones(4)),
+        {"x": torch.zeros(2, 4), "bias": None},
+    ],
+)
+def test_inputs_of_every_form(inputs: Any) -> None:
+    model = Plain()
+    gm = trace(model, inputs)
+    torch.testing.assert_close(call_with(gm, inputs), call_with(model, inputs), rtol=0, atol=0)
+
+
+def test_arguments_without_value_are_fixed_at_their_default() -> None:
+    gm = trace(Plain(), torch.zeros(2, 4))
+    assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == ["x"]
+
+
+@pytest.mark.parametrize("inputs", [(), (1, 2, 3, 4), {"wrong": torch.zeros(2, 4)}])
+def test_inputs_that_do_not_fit(inputs: Any) -> None:
+    with pytest.raises(InputError, match=r"Plain\.forward\(x"):
+        bind_inputs(Plain(), inputs)
+
+
+def test_variable_arguments_are_refused() -> None:
+    class Variable(nn.Module):
+        def forward(self, *xs: Tensor) -> Tensor:
+            return xs[0]
+
+    with pytest.raises(InputError, match="variable argument"):
+        trace(Variable(), torch.zeros(1))
+
+
+def test_wrong_shapes_are_named() -> None:
+    with pytest.raises(InputError, match=r"\(2, 7\)"):
+        trace(Plain(), torch.zeros(2, 7))
+
+
+def test_the_error_names_the_line_and_the_remedy() -> None:
+    with pytest.raises(CaptureError) as caught:
+        trace(Outer(), torch.zeros(2, 3, 4, 4))
+    message = str(caught.value)
+    assert "module 'inner'" in message
+    assert "test_capture.py" in message and "if x.sum() > 0:" in message
+    assert "leaf_modules=[Branching]" in message
+    assert isinstance(caught.value, RbpfxError)
+    with pytest.raises(CaptureError, match="the forward of Branching itself"):
+        trace(Branching(), torch.zeros(2))
+
+
+@pytest.mark.parametrize("leaf", [Branching, "inner"])
+def test_leaf_modules_stay_whole(leaf: Any) -> None:
+    model = Outer().eval()
+    x = torch.randn(2, 3, 4, 4)
+    gm = trace(model, x, leaf_modules=[leaf])
+    same(model, gm, x)
+    assert analyze(gm).unknown == {"inner": "Branching"}
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    model = Plain()
+    model.cache = model.linear(torch.ones(1, 4))
+    with pytest.raises(CaptureError, match="detach tensors"):
+        trace(model, torch.zeros(2, 4))
+
+
+def test_statistics_that_only_one_mode_updates() -> None:
+    class TwoPaths(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x if self.training else x * 2)
+
+    with pytest.raises(CaptureError, match="running statistics"):
+        trace(TwoPaths(), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("in_train", [True, False])
+def test_in_place_in_one_mode_only(in_train: bool) -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 2
+            if self.training == in_train:
+                x.add_(1.0)
+            return x + 1
+
+    with pytest.raises(CaptureError, match="in place"):
+        trace(Noisy(), torch.zeros(2, 4))
+
+
+def test_paths_that_differ_by_mode() -> None:
+    class TwoPaths(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            if self.training:
+                return {"y": F.relu(self.linear(x) + 1, inplace=True)}
+            return {"y": self.linear(x).sigmoid() * torch.tensor([2.0])}
+
+    model = TwoPaths()
+    gm = trace(model, torch.zeros(2, 4))
+    for mode in (True, False):
+        same(model.train(mode), gm.train(mode), torch.randn(3, 4))
+
+
+def test_augmented_assignment_stays_in_place() -> None:
+    class Augmented(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = x * 2
+            z = y
+            z += 1
+            z *= 3
+            z -= 0.5
+            z /= 2
+            return y, z
+
+    model = Augmented()
+    same(model, trace(model, torch.zeros(3)), torch.randn(3))
+
+
+def test_buffers_are_read_at_run_time() -> None:
+    class Average(nn.Module):
+        mean: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+            return x - self.mean * 2
+
+    model = Average()
+    with pytest.raises(CaptureError, match="in place"):
+        trace(model, torch.randn(3, 4))
+    assert torch.equal(model.mean, torch.zeros(4))
+
+    class Shifted(Average):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - self.mean * 2
+
+    shifted = Shifted()
+    traced = trace(shifted, torch.randn(3, 4))
+    for network in (shifted, traced):
+        network.mean.fill_(1.5)
+    same(shifted, traced, torch.randn(3, 4))
+
+
+def test_record_metadata_after_an_edit() -> None:
+    gm = trace(Plain(), torch.zeros(2, 4))
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            node.meta.clear()
+    record_metadata(gm)
+    assert all("val" in n.meta for n in gm.graph.nodes if n.op != "output")
+
+
+def test_evaluating_gives_every_flag_back() -> None:
+    model = Dropping().train()
+    model.norm.eval()
+    with pytest.raises(RuntimeError), evaluating(model):
+        assert not any(m.training for m in model.modules())
+        raise RuntimeError
+    assert model.training and model.conv.training and not model.norm.training
