@@ -44,7 +44,7 @@ def main() -> None:
     add_data_argument(parser)
     parser.add_argument("--macs", type=float, nargs="+", default=[0.5], help="shares to keep")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=15_000, help="training images used")
+    parser.add_argument("--images", type=int, default=10_000, help="training images used")
     parser.add_argument("--noise-epochs", type=float, default=4)
     parser.add_argument("--finetune-epochs", type=float, default=2)
     parser.add_argument("--seconds", type=float, help="time box")

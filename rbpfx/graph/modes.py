@@ -73,6 +73,7 @@ class _Merger:
         self.root = root
         self.twin: dict[fx.Node, fx.Node] = {}
         self.flag: fx.Node | None = None
+        self.last = next(iter(train.nodes))
         self.waiting: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in train.nodes:
             self.waiting[node.op, node.target].append(node)
@@ -82,7 +83,8 @@ class _Merger:
             if node.op == "output":
                 self._merge_output(node)
             else:
-                self.twin[node] = self._find(node) or self._copy(node)
+                twin = self.twin[node] = self._find(node) or self._copy(node)
+                self.last = twin if self.last < twin else self.last
         shared = set(self.twin.values())
         for node in (n for candidates in self.waiting.values() for n in candidates):
             if node.op != "output" and any(n in shared for n in node.all_input_nodes[:1]):
@@ -126,8 +128,8 @@ class _Merger:
                     "leaf_modules=[...]."
                 )
         self._refuse_in_place(node)
-        output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
-        with self.graph.inserting_before(output):
+        # Where eval mode runs it: an in-place operator that comes later must still come later.
+        with self.graph.inserting_after(self.last):
             return self.graph.node_copy(node, lambda n: self.twin[n])
 
     def _refuse_in_place(self, node: fx.Node) -> None:

@@ -113,7 +113,7 @@ def require_reachable(analysis: Analysis, share: float) -> None:
     Raises:
         TargetError: It does not.
     """
-    smallest = PruningPlan({group.name: [0] for group in analysis.groups})
+    smallest = above(analysis, {g.name: np.zeros(g.size) for g in analysis.groups}, np.inf)
     least = analysis.macs(analysis.keep(smallest)) / analysis.macs(analysis.keep(PruningPlan()))
     if least > share:
         raise TargetError(
@@ -148,8 +148,32 @@ def cut(analysis: Analysis, scores: Mapping[str, Values], share: float) -> Pruni
 
 def above(analysis: Analysis, scores: Mapping[str, Values], threshold: float) -> PruningPlan:
     """The plan that keeps the units that score above a threshold, and the best of every group."""
-    kept = {}
-    for name, score in scores.items():
-        units = np.flatnonzero(score > threshold)
-        kept[name] = units.tolist() if len(units) else [int(score.argmax())]
-    return analysis.close(PruningPlan(kept))
+    return complete(analysis, {name: s > threshold for name, s in scores.items()}, scores)
+
+
+def complete(
+    analysis: Analysis, needed: Mapping[str, npt.NDArray[np.bool_]], scores: Mapping[str, Values]
+) -> PruningPlan:
+    """The plan that keeps the needed units, and what it takes to leave no axis empty.
+
+    That is the best unit of every group and, where flattened features are units beside the
+    channels, the best feature that a linear layer reads of the channels that stay.
+
+    Args:
+        analysis: The analysis.
+        needed: Group name -> which units are needed, `(size,)`.
+        scores: Group name -> one score per unit, `(size,)`.
+    """
+    kept = {
+        name: np.flatnonzero(units).tolist() if units.any() else [int(scores[name].argmax())]
+        for name, units in needed.items()
+    }
+    keep = analysis.keep(PruningPlan(kept))
+    score = analysis.gather(scores)
+    for *channels, features in (read.atoms for read in analysis.reads):
+        stays = np.logical_and.reduce([keep[atoms] for atoms in channels])
+        if channels and not (stays & keep[features]).any():
+            best = features[np.where(stays, score[features], -np.inf).argmax()]
+            keep[analysis.channel == analysis.channel[best]] = True
+    plan = {g.name: np.flatnonzero(keep[g.channels]).tolist() for g in analysis.groups}
+    return analysis.close(PruningPlan(plan))

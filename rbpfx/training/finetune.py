@@ -12,11 +12,11 @@ from rbpfx.errors import DivergenceError, RbpfxError
 from rbpfx.training.loop import (
     batches,
     gradient_step,
-    is_finite,
     keeping_modes,
     refresh_batchnorm,
     snapshot,
     steps_per_epoch,
+    still_finite,
 )
 from rbpfx.training.task import Loader, Task
 
@@ -78,7 +78,7 @@ def finetune(
             gradient_step(loss, [optimizer], lambda: _diverged(model, before, step))  # noqa: B023
             schedule.step()
             report(step, steps, float(loss.detach()))
-    if not is_finite(model):
+    if not still_finite(model, batch, task):
         raise _diverged(model, before, steps)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rbpfx.errors import InputError
+from rbpfx.graph.capture import evaluating
 from rbpfx.training.task import Loader, Task
 
 
@@ -69,9 +70,11 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def is_finite(model: nn.Module) -> bool:
-    """Whether every parameter is a finite number."""
-    return all(bool(torch.isfinite(p).all()) for p in model.parameters())
+@torch.no_grad()
+def still_finite(model: nn.Module, batch: Any, task: Task) -> bool:
+    """Whether the last step left a network that has a finite loss, in eval mode."""
+    with evaluating(model):
+        return isfinite(float(task.loss(model, batch)))
 
 
 @contextmanager

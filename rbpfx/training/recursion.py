@@ -21,8 +21,14 @@ from rbpfx.errors import DivergenceError, InputError, RbpfxError
 from rbpfx.graph.groups import Analysis
 from rbpfx.methods import NoiseGate, Phase, noise_gates
 from rbpfx.plan import PruningPlan
-from rbpfx.training.budget import BudgetProjection, Values, cut
-from rbpfx.training.loop import batches, gradient_step, is_finite, snapshot, steps_per_epoch
+from rbpfx.training.budget import BudgetProjection, Values, complete, cut
+from rbpfx.training.loop import (
+    batches,
+    gradient_step,
+    snapshot,
+    steps_per_epoch,
+    still_finite,
+)
 from rbpfx.training.task import Loader, Task, examples_in
 
 SETTLING = 0.1
@@ -52,7 +58,7 @@ class Recursion:
     """
 
     epochs: float = 3.0
-    strength: float = 0.01
+    strength: float = 0.003
     window: int | None = None
     front: float = 0.3
     budget_ramp: float = 0.7
@@ -193,7 +199,7 @@ class RecursiveTraining:
             report(reached)
             if front == len(self.gates):
                 break
-        if not is_finite(self.noisy):
+        if not still_finite(self.noisy, batch, self.task):
             raise self._diverged(good, front, step)
 
     def expected_cost(self) -> float:
@@ -212,8 +218,7 @@ class RecursiveTraining:
         """Which units stay: the highest scores within the budget, or the method's own rule."""
         if self.budget is not None:
             return cut(self.analysis, self.scores, self.budget)
-        kept = {name: needed.nonzero()[0].tolist() for name, needed in self.needed.items()}
-        return self.analysis.close(PruningPlan(kept))
+        return complete(self.analysis, self.needed, self.scores)
 
     def _harden(self, gate: NoiseGate) -> None:
         with torch.no_grad():

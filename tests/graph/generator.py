@@ -938,7 +938,6 @@ def without_rule(b: _Builder, x: int) -> int | None:
         return b.call(nn.GroupNorm(1, shape[1]), x)
     functions: list[Function] = [
         lambda v: torch.softmax(v, 1),
-        lambda v: v.cumsum(1) * 0.2,
         lambda v: torch.matmul(v, v.transpose(-1, -2)) * 0.1 if len(shape) > 2 else v.flip(1),
         lambda v: v.roll(1, 1),
         lambda v: v @ v.transpose(-1, -2) * 0.1 if len(shape) > 2 else v.sort(1)[0],
@@ -947,3 +946,9 @@ def without_rule(b: _Builder, x: int) -> int | None:
     ]
     function = b.rng.choice(functions)
     return b.add(lambda m, v: function(v), x)
+
+
+@operator(0.3)
+def cumulative_sum(b: _Builder, x: int) -> int | None:
+    """Another one, on its own so that a test can teach rbpfx a wrong rule for it."""
+    return b.add(lambda m, v: v.cumsum(1) * 0.2, x)

@@ -249,6 +249,20 @@ def test_paths_that_differ_by_mode() -> None:
         same(model.train(mode), gm.train(mode), torch.randn(3, 4))
 
 
+def test_what_only_eval_mode_runs_keeps_its_place() -> None:
+    class Between(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            z = y if self.training else y + 1
+            y.relu_()
+            return z * y
+
+    model = Between()
+    gm = trace(model, torch.zeros(4))
+    for mode in (True, False):
+        same(model.train(mode), gm.train(mode), torch.randn(4))
+
+
 def test_augmented_assignment_stays_in_place() -> None:
     class Augmented(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -190,7 +190,7 @@ def test_units_must_be_known() -> None:
 
 def test_a_graph_without_metadata() -> None:
     gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
-    with pytest.raises(RbpfxError, match="rbpfx.trace"):
+    with pytest.raises(RbpfxError, match=r"rbpfx\.trace"):
         analyze(gm)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 
 from rbpfx.graph import gates
+from rbpfx.graph.capture import trace
+from rbpfx.graph.groups import analyze
 from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Identities, Label
 from rbpfx.graph.rules import (
@@ -27,7 +29,6 @@ from rbpfx.graph.rules import (
 )
 from tests.graph.generator import OPERATORS, random_inputs, random_program
 from tests.graph.laws import (
-    Compiled,
     Snapshot,
     assert_close,
     check_again,
@@ -41,7 +42,7 @@ from tests.graph.laws import (
     compile_random,
 )
 
-QUICK = range(160)
+QUICK = range(150)
 MANY = range(1000, 4000)
 
 
@@ -49,8 +50,8 @@ def unit_of(seed: int) -> str:
     return "feature" if seed % 2 else "channel"
 
 
-def check_everything(seed: int, length: int) -> Compiled:
-    """Every law on the network of a seed."""
+def check(seed: int, length: int, *, everything: bool) -> None:
+    """The laws on the network of a seed: all of them, or the main ones and a turn of the others."""
     model = random_program(seed, length=length)
     inputs = random_inputs(model)
     user_model = Snapshot.of(model)
@@ -58,32 +59,36 @@ def check_everything(seed: int, length: int) -> Compiled:
     graph = Snapshot.of(compiled.gm)
     check_law(compiled, inputs, train=False)
     check_law(compiled, inputs, train=True)
-    check_law(compiled, random_inputs(model, batch=2, seed=1), train=False)
-    check_statistics(compiled, inputs)
-    check_identity(compiled, inputs)
-    check_close(compiled, inputs)
-    check_costs(compiled)
-    check_multipliers(compiled, inputs, seed)
-    check_again(compiled, inputs, seed, unit_of(seed))
-    if seed % 4 == 0:
+    turn = seed % 5
+    if everything or turn == 0:
+        check_law(compiled, random_inputs(model, batch=2, seed=1), train=False)
+        check_statistics(compiled, inputs)
+    if everything or turn == 1:
+        check_identity(compiled, inputs)
+        check_multipliers(compiled, inputs, seed)
+    if everything or turn == 2:
+        check_close(compiled, inputs)
+    if everything or turn == 3:
+        check_again(compiled, inputs, seed, unit_of(seed))
+    if everything or turn == 4:
+        check_costs(compiled)
         check_pickle(compiled, inputs)
     graph.check(compiled.gm)
     user_model.check(model)
-    return compiled
 
 
 @pytest.mark.parametrize("seed", QUICK)
-def test_all_laws_on_a_random_network(seed: int) -> None:
-    check_everything(seed, length=4 + seed % 9)
+def test_laws_on_a_random_network(seed: int) -> None:
+    check(seed, 4 + seed % 9, everything=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", MANY)
 def test_all_laws_on_many_random_networks(seed: int) -> None:
-    check_everything(seed, length=5 + seed % 20)
+    check(seed, 5 + seed % 20, everything=True)
 
 
-@pytest.mark.parametrize("seed", range(200, 240))
+@pytest.mark.parametrize("seed", range(200, 230))
 def test_trace_equals_the_module_in_both_modes(seed: int) -> None:
     model = random_program(seed, dropout=0.4)
     inputs = random_inputs(model)
@@ -103,22 +108,23 @@ def test_every_operator_alone(kind: str) -> None:
     """Between layers, every operator of the generator obeys the law."""
     layers = ["convolution", "linear"]
     for seed in range(2):
-        model = random_program(seed, length=6, only=[kind, kind, *layers])
+        model = random_program(seed, length=6, only=[kind, *layers])
         inputs = random_inputs(model)
         compiled = compile_random(model, inputs, seed)
         check_law(compiled, inputs, train=seed % 2 == 0)
 
 
 def test_the_random_networks_are_worth_testing() -> None:
-    """Most plans remove something, and every operator occurs often enough."""
+    """Most have something to prune, and every operator occurs often enough."""
     occurs: Counter[str] = Counter()
-    effective = 0
+    prunable = 0
     for seed in QUICK:
         model = random_program(seed, length=4 + seed % 9)
         occurs.update(set(model.operators))
-        effective += compile_random(model, random_inputs(model), seed).removed > 0
-    assert effective > 0.7 * len(QUICK)
-    assert min(occurs[name] for name in OPERATORS) >= 5, occurs
+        if seed % 3 == 0:
+            prunable += bool(analyze(trace(model, random_inputs(model))).groups)
+    assert prunable > 0.7 * len(QUICK) / 3
+    assert min(occurs[name] for name in OPERATORS) >= 4, occurs
 
 
 # -- the law can fail ---------------------------------------------------------------------
@@ -151,15 +157,7 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 MUTATIONS: dict[str, tuple[Mutation, list[str]]] = {
     "cumsum treated as element-wise": (
         lambda m: m.setitem(base._REGISTRY, "cumsum", elementwise.ELEMENTWISE),
-        ["without_rule"],
-    ),
-    "roll treated as element-wise": (
-        lambda m: m.setitem(base._REGISTRY, "roll", elementwise.ELEMENTWISE),
-        ["without_rule"],
-    ),
-    "GroupNorm treated as BatchNorm": (
-        lambda m: m.setitem(base._REGISTRY, nn.GroupNorm, base._REGISTRY[nn.BatchNorm2d]),
-        ["without_rule"],
+        ["cumulative_sum"],
     ),
     "reduction that does not pin": (
         lambda m: m.setattr(
@@ -244,8 +242,10 @@ MUTATIONS: dict[str, tuple[Mutation, list[str]]] = {
 def test_the_law_notices_a_wrong_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate, kinds = MUTATIONS[name]
     mutate(monkeypatch)
-    for seed in range(200):
+    for seed in range(300):
         model = random_program(seed, length=7, only=[*kinds, "convolution", "linear"])
+        if not set(kinds) <= set(model.operators):
+            continue
         inputs = random_inputs(model)
         try:
             check_law(compile_random(model, inputs, seed), inputs, train=seed % 2 == 0)
@@ -253,4 +253,4 @@ def test_the_law_notices_a_wrong_rule(name: str, monkeypatch: pytest.MonkeyPatch
             monkeypatch.undo()
             check_law(compile_random(model, inputs, seed), inputs, train=seed % 2 == 0)
             return
-    pytest.fail("200 random networks did not notice")
+    pytest.fail("300 random networks did not notice")

@@ -43,6 +43,8 @@ def build(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     options: dict[str, Any] = {"init_weights": False} if name in NO_INIT else {}
     if name in ("mobilenet_v2", "squeezenet1_1", "efficientnet_b0", "mobilenet_v3_small"):
         options["dropout"] = 0.0
+    if name == "inception_v3":  # its auxiliary head fits large images only; GoogLeNet has two
+        options["aux_logits"] = False
     if name == "vit_b_32":
         options["image_size"] = 64
     model = getattr(models, name)(weights=None, num_classes=10, **options).double()
@@ -140,7 +142,7 @@ def seconds(depth: int) -> float:
 
 
 def test_the_analysis_is_linear_in_the_depth() -> None:
-    assert seconds(400) < 10 * max(seconds(100), 0.01)
+    assert seconds(240) < 10 * max(seconds(60), 0.01)
 
 
 @pytest.mark.slow

@@ -258,7 +258,7 @@ def test_a_rule_that_is_wrong_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setitem(base._REGISTRY, "repeat", ELEMENTWISE)
     gm = trace(Rolled(), torch.zeros(2, 3))
-    with pytest.raises(RuleError, match="does not fit Tensor.repeat"):
+    with pytest.raises(RuleError, match=r"does not fit Tensor\.repeat"):
         analyze(gm)
 
 

@@ -67,9 +67,8 @@ def find_rule(node: fx.Node, gm: fx.GraphModule) -> Rule | None:
         return _REGISTRY.get(node.target)
     module = submodule(gm, str(node.target))
     base = next((c for c in type(module).__mro__ if c in _REGISTRY), None)
-    if base is None or _has_hooks(module) or type(module).forward is not base.forward:
-        return None
-    return _REGISTRY[base]
+    inherited = base is not None and getattr(base, "forward", None) is type(module).forward
+    return _REGISTRY[base] if inherited and not _has_hooks(module) else None
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -88,9 +87,9 @@ def submodule(root: nn.Module, target: str) -> nn.Module:
 def operator_name(node: fx.Node, gm: fx.GraphModule) -> str:
     """The operator of a node as a user would write it, for messages."""
     if node.op == "call_module":
-        module = submodule(gm, str(node.target))
-        name = type(module).__name__
-        return f"{name} with forward hooks" if _has_hooks(module) else name
+        called = submodule(gm, str(node.target))
+        kind = type(called).__name__
+        return f"{kind} with forward hooks" if _has_hooks(called) else kind
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     if isinstance(node.target, Callable):  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ class UpSampling(nn.Module):
         return result
 
 
-class ChannelShuffle(nn.Module):
+class Shuffle(nn.Module):
     """A ShuffleNet unit."""
 
     def __init__(self) -> None:
@@ -140,18 +140,6 @@ class ChannelShuffle(nn.Module):
         self.branch = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
         self.head = nn.Conv2d(8, 2, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(2):
-            x = self.stem(x) if x.shape[1] == 3 else x
-            left, right = x.chunk(2, dim=1)
-            x = torch.cat((left, self.branch(right)), dim=1)
-            n, c, h, w = x.size()
-            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
-        y: Tensor = self.head(x)
-        return y
-
-
-class Shuffle(ChannelShuffle):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         left, right = x.chunk(2, dim=1)

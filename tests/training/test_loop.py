@@ -1,0 +1,146 @@
+"""What training phases share: endless batches, checked steps, BatchNorm refresh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rbpfx import InputError
+from rbpfx.training.loop import (
+    batches,
+    gradient_step,
+    keeping_modes,
+    refresh_batchnorm,
+    snapshot,
+    steps_per_epoch,
+    still_finite,
+)
+from rbpfx.training.task import Task
+
+
+class Countless:
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+class TestBatches:
+    @pytest.mark.parametrize("loader", [[0, 1, 2], DataLoader(range(3), None), Countless()])
+    def test_go_round(self, loader: object) -> None:
+        assert [int(b) for b in batches(loader, 7)] == [0, 1, 2, 0, 1, 2, 0]
+        assert list(batches(loader, 0)) == []
+        assert steps_per_epoch(loader) == 3
+
+    def test_an_empty_loader(self) -> None:
+        with pytest.raises(InputError, match="yields no batch"):
+            list(batches([], 3))
+
+    def test_a_generator_ends(self) -> None:
+        with pytest.raises(InputError, match="only once"):
+            list(batches(iter([0, 1]), 3))
+
+
+class TestGradientStep:
+    def test_every_optimiser_steps(self) -> None:
+        a, b = (nn.Parameter(torch.ones(())) for _ in range(2))
+        optimizers = [torch.optim.SGD([p], 0.5) for p in (a, b)]
+        for _ in range(2):
+            gradient_step(a + 2 * b, optimizers, RuntimeError)
+        assert (a.item(), b.item()) == (0, -1)
+
+    @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+    def test_nothing_is_updated_by_a_loss_that_is_not_finite(self, factor: float) -> None:
+        a = nn.Parameter(torch.ones(()))
+        with pytest.raises(ZeroDivisionError, match="told"):
+            gradient_step(
+                a * factor, [torch.optim.SGD([a], 0.5)], lambda: ZeroDivisionError("told")
+            )
+        assert a.item() == 1
+        assert a.grad is None
+
+
+def test_a_snapshot_is_a_copy() -> None:
+    model = nn.BatchNorm1d(2)
+    before = snapshot(model)
+    model(torch.randn(8, 2))
+    assert not torch.equal(before["running_mean"], model.running_mean)
+    model.load_state_dict(before)
+    assert model.num_batches_tracked == 0
+
+
+def test_modes_are_kept_when_something_fails() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())
+    with pytest.raises(ZeroDivisionError), keeping_modes(model):
+        model.eval()
+        raise ZeroDivisionError
+    assert [m.training for m in model.modules()] == [True, True, False]
+
+
+def test_finite_means_the_loss_in_eval_mode() -> None:
+    model, batch = nn.Linear(2, 3), (torch.ones(4, 2), torch.zeros(4, dtype=torch.long))
+    assert still_finite(model, batch, Task())
+    nn.init.constant_(model.weight, float("inf"))
+    assert not still_finite(model, batch, Task())
+
+
+class TestRefreshBatchNorm:
+    def task(self) -> Task:
+        return Task(lambda output, target: output.mean())
+
+    def data(self) -> list[tuple[Tensor, int]]:
+        return [(3 * torch.randn(8, 4) + step, 0) for step in range(5)]
+
+    def test_statistics_are_the_averages_over_batches(self) -> None:
+        data = self.data()
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+        data = [(x.double(), y) for x, y in data]
+        for x, _ in data[:2]:
+            model(x)
+        refresh_batchnorm(model, data, self.task())
+        outputs = [model[0](x).detach() for x, _ in data]
+        mean = torch.stack([z.mean(0) for z in outputs]).mean(0)
+        variance = torch.stack([z.var(0) for z in outputs]).mean(0)
+        assert torch.allclose(model[1].running_mean, mean, rtol=1e-12)
+        assert torch.allclose(model[1].running_var, variance, rtol=1e-12)
+        assert model[1].num_batches_tracked == 5
+
+    def test_momentum_and_modes_are_restored(self) -> None:
+        norms = [nn.BatchNorm1d(4, momentum=m) for m in (0.3, None)]
+        model = nn.Sequential(*norms, nn.Dropout()).train()
+        norms[1].eval()
+        refresh_batchnorm(model, self.data(), self.task())
+        assert [n.momentum for n in norms] == [0.3, None]
+        assert [m.training for m in model.modules()] == [True, True, False, True]
+
+    def test_also_when_it_fails(self) -> None:
+        model = nn.BatchNorm1d(4).eval()
+        with pytest.raises(ValueError, match="expected 2D"):
+            refresh_batchnorm(model, [(torch.zeros(1), 0)], self.task())
+        assert model.momentum == 0.1
+        assert not model.training
+
+    def test_dropout_is_off(self) -> None:
+        model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(4)).train()
+        x = torch.ones(8, 4)
+        refresh_batchnorm(model, [(x, 0)], self.task())
+        assert torch.equal(model[1].running_mean, torch.ones(4))
+        assert torch.equal(model[1].running_var, torch.zeros(4))
+
+    def test_a_limited_number_of_batches(self) -> None:
+        model = nn.BatchNorm1d(4)
+        refresh_batchnorm(model, self.data(), self.task(), max_batches=2)
+        assert model.num_batches_tracked == 2
+
+    def test_weights_stay_and_get_no_gradient(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        before = model[0].weight.clone()
+        refresh_batchnorm(model, self.data(), self.task())
+        assert torch.equal(before, model[0].weight)
+        assert model[0].weight.grad is None
+
+    def test_networks_without_statistics_are_not_run(self) -> None:
+        model = nn.BatchNorm1d(4, track_running_stats=False)
+        refresh_batchnorm(model, [], self.task())

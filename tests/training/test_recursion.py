@@ -1,0 +1,355 @@
+"""The recursion: when groups become noisy and are hardened, and what strength and budget do."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rbpfx import (
+    Analysis,
+    DivergenceError,
+    InputError,
+    Progress,
+    RbpfxError,
+    Recursion,
+    analyze,
+    insert_noise,
+    trace,
+)
+from rbpfx.methods import Phase
+from rbpfx.training.recursion import Evidence, RecursiveTraining, Schedule
+from rbpfx.training.task import Task
+from tests.toy import ShortcutNet, stripes, trained
+
+BATCHES = stripes()
+
+
+class FourGroups(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x)).amax((2, 3))
+        return self.head(F.relu(self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))))
+
+
+class Tied(nn.Module):
+    """A weight that is read along both axes, so that no multiplier can be folded into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(36, 6), nn.Linear(6, 3)
+        self.weight = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(self.stem(x.flatten(1)).relu(), self.weight).relu()
+        return self.head(F.linear(hidden, self.weight.t()))
+
+
+def recursive(
+    model: nn.Module, budget: float | None = None, task: Task | None = None, **settings: object
+) -> RecursiveTraining:
+    gm = trace(model, BATCHES[0][0])
+    analysis = analyze(gm)
+    noisy = insert_noise(gm, analysis)
+    return RecursiveTraining(noisy, analysis, task or Task(), Recursion(**settings), budget)
+
+
+def phases_per_step(training: RecursiveTraining) -> list[list[Phase]]:
+    """Train, and return the phase of every gate in every forward pass of the training."""
+    seen: list[list[Phase]] = []
+
+    def note(*_: object) -> None:
+        if training.noisy.training:
+            seen.append([gate.phase for gate in training.gates])
+
+    handle = training.noisy.register_forward_pre_hook(note)
+    training.run(BATCHES)
+    handle.remove()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    torch.manual_seed(0)
+    return trained(ShortcutNet(), BATCHES).eval()
+
+
+class TestOrder:
+    def test_the_strict_recursion_has_one_noisy_group(self) -> None:
+        training = recursive(FourGroups(), window=1, epochs=2)
+        seen = phases_per_step(training)
+        assert len(seen) == 12
+        for step, phases in enumerate(seen):
+            front = step // 3
+            assert phases == [
+                *[Phase.HARDENED] * front,
+                Phase.NOISY,
+                *[Phase.WAITING] * (3 - front),
+            ]
+
+    def test_waiting_groups_multiply_by_one(self) -> None:
+        training = recursive(FourGroups(), window=1)
+        outputs: dict[str, list[Tensor]] = {}
+        for gate in training.gates:
+            gate.register_forward_hook(lambda g, _, y: outputs.setdefault(g.group, []).append(y))
+        with pytest.raises(StopIteration):
+            training.run(BATCHES, stop_at_once)
+        assert outputs["conv"][0].shape == (16, 6)
+        assert outputs["conv"][0].std() > 0
+        for name in ("fc1", "fc2", "fc3"):
+            assert (outputs[name][0] == 1).all()
+
+    @pytest.mark.parametrize("window", [1, 2, 3, None])
+    @pytest.mark.parametrize("budget", [None, 0.5])
+    def test_groups_are_hardened_in_order(self, window: int | None, budget: float | None) -> None:
+        training = recursive(FourGroups(), budget, window=window, epochs=2)
+        for phases in phases_per_step(training):
+            front = phases.count(Phase.HARDENED)
+            noisy = phases.count(Phase.NOISY)
+            assert phases == sorted(phases, key=[Phase.HARDENED, Phase.NOISY, Phase.WAITING].index)
+            assert noisy == min(4 - front, window or 4)
+        assert [gate.phase for gate in training.gates] == [Phase.HARDENED] * 4
+        assert [entry["group"] for entry in training.history] == ["conv", "fc1", "fc2", "fc3"]
+        steps = [entry["step"] for entry in training.history]
+        assert steps == sorted(steps)
+        assert steps[-1] <= 12
+
+    def test_as_many_steps_as_groups_at_least(self) -> None:
+        training = recursive(FourGroups(), window=1, epochs=0.1)
+        assert len(phases_per_step(training)) == 4
+
+    def test_progress(self) -> None:
+        reports: list[Progress] = []
+        training = recursive(FourGroups(), 0.5, epochs=2)
+        training.run(BATCHES, reports.append)
+        assert [r.step for r in reports] == list(range(1, 13))
+        assert {r.steps for r in reports} == {12}
+        assert reports[0].open_gates == 28
+        assert reports[-1].open_gates < 28
+        assert all(isinstance(r.loss, float) and math.isfinite(r.bound) for r in reports)
+
+
+def stop_at_once(_: Progress) -> None:
+    raise StopIteration
+
+
+class TestRecords:
+    def test_scores_and_multipliers_of_all_units(self) -> None:
+        training = recursive(FourGroups(), 0.4, epochs=2)
+        training.run(BATCHES)
+        sizes = {group.name: group.size for group in training.analysis.groups}
+        assert {name: score.shape for name, score in training.scores.items()} == {
+            name: (size,) for name, size in sizes.items()
+        }
+        for gate in training.gates:
+            score, mean = training.scores[gate.group], training.multipliers[gate.group]
+            assert torch.allclose(mean.double(), torch.from_numpy(score))
+            needed = training.needed[gate.group]
+            assert needed.any()
+            assert torch.equal(gate.constants, torch.where(torch.from_numpy(needed), mean, 0))
+
+    def test_a_group_that_cannot_be_folded_stays_at_one(self) -> None:
+        training = recursive(Tied(), epochs=1)
+        assert not all(g.foldable for g in training.analysis.groups)
+        training.run(BATCHES)
+        for gate in training.gates:
+            ones = (training.multipliers[gate.group] == 1).all()
+            assert ones == (not training.analysis.group(gate.group).foldable)
+
+    def test_the_plan_follows_the_scores(self) -> None:
+        training = recursive(FourGroups(), 0.4, epochs=2)
+        training.run(BATCHES)
+        plan = training.plan()
+        for name, units in plan.kept.items():
+            score = training.scores[name]
+            removed = np.setdiff1d(np.arange(len(score)), units)
+            assert score[list(units)].min() >= score[removed].max()
+
+
+class TestStrength:
+    def test_a_larger_strength_keeps_fewer(self, dense: nn.Module) -> None:
+        kept = []
+        for strength in (1e-6, 0.03, 1.0):
+            torch.manual_seed(0)
+            training = recursive(dense, strength=strength, noise_lr=0.2, epochs=5)
+            training.run(BATCHES)
+            kept.append(sum(int(needed.sum()) for needed in training.needed.values()))
+        assert kept[0] > kept[1] > kept[2]
+        assert kept[2] == 2  # the best unit of either group stays
+
+    def test_the_method_decides_without_a_budget(self, dense: nn.Module) -> None:
+        training = recursive(dense, strength=0.3, noise_lr=0.2, epochs=5)
+        training.run(BATCHES)
+        plan = training.plan()
+        for group in training.analysis.groups:
+            kept = plan.kept.get(group.name, tuple(range(group.size)))
+            assert kept == tuple(np.flatnonzero(training.needed[group.name]))
+
+    def test_cost_weighs_the_divergence(self, dense: nn.Module) -> None:
+        aware = recursive(dense, cost_aware=True)
+        blind = recursive(dense, cost_aware=False)
+        sizes = [group.size for group in aware.analysis.groups]
+        costs = [group.macs_per_unit for group in aware.analysis.groups]
+        weights = [float(w) for w in aware.weights]
+        assert weights[0] / weights[1] == pytest.approx(costs[0] / costs[1])
+        assert np.dot(weights, sizes) == pytest.approx(sum(sizes))
+        assert [float(w) for w in blind.weights] == pytest.approx([1, 1])
+
+    def test_weights_learn_along_unless_their_rate_is_zero(self, dense: nn.Module) -> None:
+        for rate, same in ((0.0, True), (0.01, False)):
+            training = recursive(dense, weight_lr=rate, epochs=1)
+            training.run(BATCHES)
+            assert torch.equal(training.noisy.head.weight, dense.head.weight) == same
+
+
+class TestBudget:
+    @pytest.mark.parametrize("window", [1, None])
+    @pytest.mark.parametrize("budget", [0.25, 0.6])
+    def test_the_plan_is_within_it(
+        self, dense: nn.Module, budget: float, window: int | None
+    ) -> None:
+        training = recursive(dense, budget, window=window, epochs=2)
+        training.run(BATCHES)
+        assert share(training.analysis, training) <= budget
+
+    def test_the_expected_cost_follows_it_down(self, dense: nn.Module) -> None:
+        training = recursive(dense, 0.4, epochs=5)
+        costs: list[float] = []
+        training.run(BATCHES, lambda progress: costs.append(progress.cost))
+        schedule = Schedule.plan(2, 30, training.settings)
+        noisy = [step for step in range(30) if step < schedule.start]
+        assert all(costs[step] <= schedule.budget(step, 0.4) + 1e-6 for step in noisy)
+        assert costs[0] > 0.9
+
+    def test_expected_cost_of_untouched_gates_is_all_of_it(self, dense: nn.Module) -> None:
+        training = recursive(dense, 0.25, window=1)
+        for gate in training.gates:
+            gate.harden(torch.ones(gate.size, dtype=torch.bool))
+        assert training.expected_cost() == pytest.approx(1)
+        for gate in training.gates:
+            gate.harden(torch.arange(gate.size) < 4)
+        macs = 36 * 9 * 4 + 2 * 36 * 9 * 16 + 16 * 3
+        assert training.expected_cost() == pytest.approx(macs / 44160)
+
+
+def share(analysis: Analysis, training: RecursiveTraining) -> float:
+    return analysis.macs(analysis.keep(training.plan())) / training.dense_macs
+
+
+class TestTeacherAndErrors:
+    def test_a_teacher_takes_half_of_the_loss(self, dense: nn.Module) -> None:
+        losses = []
+        for teacher in (None, nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).eval()):
+            torch.manual_seed(0)
+            training = recursive(dense, epochs=1)
+            training.teacher = teacher
+            training.run(BATCHES, lambda progress: losses.append(progress.loss))
+        assert losses[0] != losses[len(losses) // 2]
+
+    def test_a_loss_without_gradient_is_noticed(self, dense: nn.Module) -> None:
+        task = Task(lambda output, target: F.cross_entropy(output.detach(), target))
+        with pytest.raises(InputError, match="does not depend on the network"):
+            recursive(dense, task=task).run(BATCHES)
+
+    def test_divergence_restores_weights_noise_and_phases(self, dense: nn.Module) -> None:
+        calls = []
+
+        def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+            calls.append(1)
+            return F.cross_entropy(output, target) * (float("nan") if len(calls) > 8 else 1)
+
+        training = recursive(dense, task=Task(loss_fn), window=1, epochs=2)
+        with pytest.raises(DivergenceError, match="step 9, with group 'conv1'") as caught:
+            training.run(BATCHES)
+        assert caught.value.model is training.noisy
+        assert [gate.phase for gate in training.gates] == [Phase.HARDENED, Phase.WAITING]
+        assert (training.gates[1].mean() > 0.94).all()
+        assert all(torch.isfinite(v).all() for v in training.noisy.state_dict().values())
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"epochs": 0},
+            {"strength": -1},
+            {"noise_lr": float("nan")},
+            {"patience": 0},
+            {"window": 0},
+            {"front": 1},
+            {"budget_ramp": 0},
+        ],
+    )
+    def test_settings_are_checked(self, wrong: dict[str, float]) -> None:
+        with pytest.raises(RbpfxError, match=next(iter(wrong))):
+            Recursion(**wrong)
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("groups", [1, 3, 7, 50])
+    @pytest.mark.parametrize("steps", [50, 101])
+    @pytest.mark.parametrize("window", [None, 1, 4])
+    def test_every_group_is_hardened_by_the_last_step(
+        self, groups: int, steps: int, window: int | None
+    ) -> None:
+        schedule = Schedule.plan(groups, steps, Recursion(window=window))
+        first = [
+            next(step for step in range(steps) if schedule.hardens(step, group))
+            for group in range(groups)
+        ]
+        assert first == sorted(first)
+        assert first[-1] == steps - 1
+
+    def test_all_at_once_at_the_end(self) -> None:
+        schedule = Schedule.plan(5, 20, Recursion(front=0))
+        assert [schedule.hardens(18, g) for g in range(5)] == [False] * 5
+        assert [schedule.hardens(19, g) for g in range(5)] == [True] * 5
+
+    def test_the_budget_falls_from_all_to_the_target(self) -> None:
+        schedule = Schedule.plan(3, 100, Recursion(front=0.3, budget_ramp=0.5))
+        budgets = [schedule.budget(step, 0.4) for step in range(100)]
+        assert budgets[0] == 1
+        assert budgets == sorted(budgets, reverse=True)
+        assert budgets[36] == pytest.approx(0.4)
+        assert budgets[30] > 0.4
+
+    def test_a_window_asks_for_the_target_at_once(self) -> None:
+        schedule = Schedule.plan(3, 100, Recursion(window=1))
+        assert schedule.budget(0, 0.4) == pytest.approx(0.4)
+
+    def test_the_front_may_set_out_earlier_but_not_later(self) -> None:
+        schedule = Schedule.plan(2, 100, Recursion(front=0.3))
+        early = schedule.started(40)
+        assert (early.start, early.steps) == (40, 70)
+        assert early.hardens(69, 1)
+        assert schedule.started(90) is schedule
+
+
+class TestEvidence:
+    def test_it_settles_when_the_bound_stops_falling(self) -> None:
+        evidence = Evidence(interval=5, tolerance=0.02)
+        settled = [evidence.settled(math.exp(-step / 20)) for step in range(200)]
+        place = settled.index(True)
+        assert 55 < place < 110
+        assert (place + 1) % 5 == 0
+
+    def test_it_does_not_while_the_bound_falls(self) -> None:
+        evidence = Evidence(interval=5, tolerance=0.02)
+        assert not any(evidence.settled(-step) for step in range(200))
+
+    def test_a_rise_counts_as_settled(self) -> None:
+        evidence = Evidence(interval=1, tolerance=0.02)
+        assert [evidence.settled(b) for b in (3.0, 1.0, 2.0)] == [False, False, True]
+
+    def test_training_ends_early_without_a_budget(self, dense: nn.Module) -> None:
+        training = recursive(dense, epochs=20, patience=0.5, tolerance=10, noise_lr=0.01)
+        training.run(BATCHES)
+        # Three readings of half an epoch each, then the front passes as it would have.
+        assert training.history[-1]["step"] == 9 + 36
