@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor, fx, nn
@@ -251,6 +252,11 @@ def _example_inputs(model: nn.Module, loader: Loader, task: Task) -> tuple[Examp
         ) from error
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         raise InputError(f"the loss must be a scalar tensor, not {loss!r}; average over the batch")
+    if not isfinite(float(loss)):
+        raise InputError(
+            f"the loss of the model is {float(loss)} before anything was pruned; check its "
+            "parameters and the loader's first batch for NaN"
+        )
     return inputs, batch_size(batch)
 
 

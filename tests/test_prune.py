@@ -342,6 +342,11 @@ class Untraceable(nn.Module):
         return self.block(x)
 
 
+class Choosing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
 class Counting(ShortcutNet):
     """What it computes depends on how often it was called."""
 
@@ -402,6 +407,14 @@ class TestErrors:
         with pytest.raises(InputError, match=r"must be a scalar tensor, not 1\.0"):
             prune(dense, loss_fn=lambda output, target: 1.0)
 
+    def test_a_loss_that_is_nan_from_the_start(self, dense) -> None:
+        with pytest.raises(InputError, match="the loss of the model is nan before anything"):
+            prune(dense, [(x * float("nan"), y) for x, y in BATCHES])
+
+    def test_gradients_switched_off(self, dense) -> None:
+        with torch.no_grad(), pytest.raises(InputError, match=r"under torch\.no_grad\(\)"):
+            prune(dense)
+
     def test_a_loss_without_a_gradient(self, dense) -> None:
         with pytest.raises(InputError, match="does not depend on the network"):
             prune(dense, loss_fn=lambda output, target: F.cross_entropy(output.detach(), target))
@@ -423,6 +436,14 @@ class TestErrors:
             prune(Untraceable())
         assert "`if x.sum() > 0:`" in str(caught.value)
         assert "leaf_modules=[...]" in str(caught.value)
+
+    def test_but_kept_whole_where_it_says(self) -> None:
+        model = nn.Sequential(ShortcutNet(), nn.ReLU(), Choosing(), nn.Linear(3, 3))
+        with pytest.raises(CaptureError, match=r"leaf_modules=\[Choosing\]"):
+            prune(model)
+        pruned = prune(model, **tiny(target=HALF, leaf_modules=[Choosing]))
+        assert pruned.report.pruned.macs <= 0.5 * pruned.report.dense.macs
+        assert isinstance(pruned.model.get_submodule("2"), Choosing)
 
     @pytest.mark.parametrize("model", [Counting(), Drawing()], ids=["counter", "random"])
     def test_a_capture_that_differs(self, model: nn.Module) -> None:

@@ -73,6 +73,7 @@ class _Merger:
         self.root = root
         self.twin: dict[fx.Node, fx.Node] = {}
         self.flag: fx.Node | None = None
+        self.place = {node: place for place, node in enumerate(train.nodes)}
         self.last = next(iter(train.nodes))
         self.waiting: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in train.nodes:
@@ -84,7 +85,8 @@ class _Merger:
                 self._merge_output(node)
             else:
                 twin = self.twin[node] = self._find(node) or self._copy(node)
-                self.last = twin if self.last < twin else self.last
+                if self.place[twin] >= self.place[self.last]:
+                    self.last = twin
         shared = set(self.twin.values())
         for node in (n for candidates in self.waiting.values() for n in candidates):
             if node.op != "output" and any(n in shared for n in node.all_input_nodes[:1]):
@@ -130,7 +132,9 @@ class _Merger:
         self._refuse_in_place(node)
         # Where eval mode runs it: an in-place operator that comes later must still come later.
         with self.graph.inserting_after(self.last):
-            return self.graph.node_copy(node, lambda n: self.twin[n])
+            copy = self.graph.node_copy(node, lambda n: self.twin[n])
+        self.place[copy] = self.place[self.last]
+        return copy
 
     def _refuse_in_place(self, node: fx.Node) -> None:
         """Both modes run every node, so none may change what the other mode reads."""

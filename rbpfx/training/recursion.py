@@ -2,7 +2,7 @@
 
 A group is trained with all earlier groups hardened, because the noise over the layers is a
 Markov chain whose conditional p(theta_l | theta_{l-1}) is replaced by the one at the mean of
-theta_{l-1} (arXiv 1812.00353; METHOD in docs/methods). Groups ahead of the front may be noisy
+theta_{l-1} (Zhou et al., ICCV 2019, arXiv 1812.00353). Groups ahead of the front may be noisy
 already (`window`), so that they compete for one budget; the front then passes over them.
 """
 
@@ -43,7 +43,7 @@ class Recursion:
         epochs: Passes over the loader for all groups together (at most, without a target).
         strength: Price of an open gate of average cost, in nats per training example:
             lambda / N with the prior's lambda = 1 / (2 eps^2). A channel stays if it lowers the
-            mean training loss by more. With a target it is the start of the search.
+            mean training loss by more. Not used with a target, which finds the strength.
         window: How many groups are noisy at a time. 1 is the strict recursion; None makes all
             groups noisy from the start, the front then hardens them one by one.
         front: Share of the steps during which the front passes, if `window` is None.
