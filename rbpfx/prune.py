@@ -12,7 +12,6 @@ from math import isfinite
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
-from tqdm.auto import tqdm
 
 from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError
 from rbpfx.graph.capture import ExampleInputs, LeafModule, call_with, evaluating, trace
@@ -24,12 +23,13 @@ from rbpfx.graph.verification import difference, require_equal
 from rbpfx.latency import first_examples, measure_latency
 from rbpfx.methods import Method, find_method, insert_noise
 from rbpfx.plan import PruningPlan
+from rbpfx.progress import Bar
 from rbpfx.report import Figures, Report
 from rbpfx.target import Target
 from rbpfx.training.budget import require_reachable
 from rbpfx.training.finetune import FineTune, finetune
 from rbpfx.training.loop import refresh_batchnorm
-from rbpfx.training.recursion import Progress, Recursion, RecursiveTraining
+from rbpfx.training.recursion import Recursion, RecursiveTraining
 from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task, batch_size
 
 CAPTURE_TOLERANCE = 1e-4
@@ -134,8 +134,8 @@ def prune(
         noisy = insert_noise(gm, analysis, method)
         teacher = copy.deepcopy(dense).eval() if distill else None
         training = RecursiveTraining(noisy, analysis, task, recursion, budget, teacher)
-        with _Bar("noise", progress) as bar:
-            training.run(loader, bar.show)
+        with Bar("noise", progress, lambda: evaluate(noisy)) as bar:
+            training.run(loader, bar.noise)
         _take_weights(gm, noisy)
         folded = rewrite(gm, analysis, PruningPlan(), multipliers=training.multipliers)
 
@@ -146,8 +146,8 @@ def prune(
 
         refresh_batchnorm(pruned, loader, task)
         after_cut = evaluate(pruned)
-        with _Bar("fine-tuning", progress) as bar:
-            finetune(pruned, loader, task, recovery, teacher, bar.count)
+        with Bar("fine-tuning", progress, lambda: evaluate(pruned)) as bar:
+            finetune(pruned, loader, task, recovery, teacher, bar.steps)
 
         latency = {
             size: measure_latency([dense, pruned], first_examples(inputs, size))
@@ -289,7 +289,7 @@ def _take_weights(gm: fx.GraphModule, noisy: fx.GraphModule) -> None:
 def _evaluation(
     task: Task, metric: Metric | None, val_loader: Loader | None
 ) -> Callable[[nn.Module], float | None]:
-    """What is reported of a network."""
+    """What is reported of a network; it draws no random numbers that training would miss."""
     if val_loader is None:
         if metric is not None:
             raise InputError("metric=... is computed on val_loader=...; give both")
@@ -299,42 +299,13 @@ def _evaluation(
             raise InputError(
                 "with a loss of your own, give metric=... to say what is measured on val_loader"
             )
-        return lambda network: task.accuracy(network, val_loader)
+        metric = task.accuracy
 
     def evaluate(network: nn.Module) -> float:
-        with evaluating(network), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), evaluating(network), torch.no_grad():
             return float(metric(network, val_loader))
 
     return evaluate
-
-
-class _Bar:
-    """A progress bar for the two kinds of training."""
-
-    def __init__(self, title: str, visible: bool) -> None:
-        self.bar = tqdm(desc=title, disable=not visible, dynamic_ncols=True, unit="step")
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def show(self, progress: Progress) -> None:
-        """Noise training: the group at the front and what is open."""
-        self.bar.set_postfix(
-            group=progress.group,
-            open=progress.open_gates,
-            loss=f"{progress.loss:.3f}",
-            cost=f"{progress.cost:.0%}",
-            refresh=False,
-        )
-        self.count(progress.step, progress.steps, progress.loss)
-
-    def count(self, step: int, steps: int, loss: float) -> None:
-        """Any training: steps done and planned."""
-        self.bar.total = steps
-        self.bar.update(step - self.bar.n)
 
 
 __all__ = ["PruningResult", "prune"]

@@ -16,6 +16,9 @@ from rbpfx.plan import PruningPlan
 
 Values = npt.NDArray[np.float64]
 
+LARGEST_STRENGTH = 1e6
+"""Nats per unit and example beyond which a budget counts as out of reach."""
+
 BISECTIONS = 8
 """Halvings of the interval in which the strength lies: it is found to a part in 250."""
 
@@ -52,7 +55,8 @@ class BudgetProjection:
 
         Returns:
             The strength that this amounts to, per unit of weight and example; 0 if the budget
-            held already.
+            held already, or cannot be held because hardened groups alone exceed it (the final
+            cut then sees to it).
         """
         if self.cost() <= budget:
             return 0.0
@@ -69,8 +73,11 @@ class BudgetProjection:
 
         step = float(optimizer.param_groups[0]["lr"])
         low, high = 0.0, step
-        while not within(high) and high < 1e6 * step:
+        while not within(high):
             low, high = high, 2 * high
+            if high > LARGEST_STRENGTH * step:
+                within(0.0)
+                return 0.0
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             if within(middle):

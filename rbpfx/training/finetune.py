@@ -13,7 +13,6 @@ from rbpfx.training.loop import (
     batches,
     gradient_step,
     keeping_modes,
-    refresh_batchnorm,
     snapshot,
     steps_per_epoch,
     still_finite,
@@ -26,7 +25,7 @@ class FineTune:
     """How the sliced network is fine-tuned: SGD with Nesterov momentum 0.9, cosine schedule.
 
     Attributes:
-        epochs: Passes over the loader; 0 only refreshes BatchNorm statistics.
+        epochs: Passes over the loader; 0 for none.
         lr: Learning rate at the start; falls to 0 along a cosine.
         weight_decay: L2 penalty on the weights.
     """
@@ -48,7 +47,7 @@ def finetune(
     teacher: nn.Module | None = None,
     report: Callable[[int, int, float], None] = lambda *_: None,
 ) -> None:
-    """Refresh BatchNorm statistics, then train a network in place.
+    """Train a network in place; after a cut, refresh its BatchNorm statistics first.
 
     Args:
         model: The network; every submodule is left in the mode it was in.
@@ -61,7 +60,6 @@ def finetune(
     Raises:
         DivergenceError: The loss is no finite number any more; `model` is as it was before.
     """
-    refresh_batchnorm(model, loader, task)
     steps = round(settings.epochs * steps_per_epoch(loader))
     weights = [p for p in model.parameters() if p.requires_grad]
     if steps == 0 or not weights:

@@ -45,13 +45,11 @@ def test_the_learning_rate_falls_along_a_cosine(monkeypatch: pytest.MonkeyPatch)
     assert torch.allclose(torch.tensor(rates), wanted)
 
 
-def test_no_epochs_refresh_the_statistics_only() -> None:
+def test_no_epochs_change_nothing() -> None:
     model = ShortcutNet()
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     finetune(model, BATCHES, Task(), FineTune(epochs=0))
-    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
-    first = torch.stack([model.stem(x).mean((0, 2, 3)) for x, _ in BATCHES]).mean(0)
-    assert torch.allclose(model.bn.running_mean, first, atol=1e-6)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_frozen_parameters_stay() -> None:

@@ -1,0 +1,65 @@
+"""The progress bar: where training is, what is open, how accurate the network is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from rbpfx.training.recursion import Progress
+
+EVALUATIONS = 4
+"""How often the accuracy shown is measured anew in one training phase."""
+
+
+class Bar:
+    """A progress bar for one training phase; as a context manager it closes itself.
+
+    Args:
+        title: What is going on.
+        visible: Whether to show anything; if not, nothing is evaluated either.
+        evaluate: Accuracy of the network in training, or None if it is not known.
+    """
+
+    def __init__(
+        self, title: str, visible: bool, evaluate: Callable[[], float | None] = lambda: None
+    ) -> None:
+        self.bar = tqdm(desc=title, disable=not visible, dynamic_ncols=True, unit="step")
+        self.visible = visible
+        self.evaluate = evaluate
+        self.evaluations = 0
+        self.accuracy: float | None = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def noise(self, progress: Progress) -> None:
+        """Show a step of noise training: the group at the front, gates open, expected cost."""
+        self._show(
+            progress.step,
+            progress.steps,
+            group=progress.group,
+            open=progress.open_gates,
+            cost=f"{progress.cost:.0%}",
+            loss=f"{progress.loss:.3f}",
+        )
+
+    def steps(self, step: int, steps: int, loss: float) -> None:
+        """Show a step of any other training."""
+        self._show(step, steps, loss=f"{loss:.3f}")
+
+    def _show(self, step: int, steps: int, **shown: Any) -> None:
+        if not self.visible:
+            return
+        if step * EVALUATIONS >= (self.evaluations + 1) * steps:
+            self.evaluations += 1
+            self.accuracy = self.evaluate()
+        if self.accuracy is not None:
+            shown["accuracy"] = f"{self.accuracy:.2%}"
+        self.bar.total = steps
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
