@@ -143,9 +143,10 @@ def table(network: str, rows: Iterable[dict[str, Any]]) -> str:
             )
         )
     for mark in PUBLISHED[network]:
-        lines.append((mark.macs, [mark.name, f"{mark.macs / 1e3:.0f} K", "", mark.error, "", mark.widths]))
+        cost = f"{mark.macs / 1e3:.0f} K"
+        lines.append((mark.macs, [mark.name, cost, "", mark.error, "", mark.widths]))
     headers = ["", "MACs", "fewer", "error %", "vs dense", "widths (seed 0)"]
-    return tabulate([line for _, line in sorted(lines, key=lambda l: -l[0])], headers=headers)
+    return tabulate([line for _, line in sorted(lines, key=lambda line: -line[0])], headers=headers)
 
 
 if __name__ == "__main__":

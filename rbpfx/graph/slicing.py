@@ -77,12 +77,21 @@ def rewrite(
 
 
 def kept_indices(analysis: Analysis, keep: Keep) -> dict[str, dict[int, Atoms]]:
-    """For every parameter and buffer that shrinks: axis -> the indices that stay."""
+    """For every parameter and buffer that shrinks: axis -> the indices that stay.
+
+    Raises:
+        PlanError: A parameter keeps no index.
+    """
     shrunk: dict[str, dict[int, Atoms]] = {}
     for (name, dim), atoms in analysis.axes.items():
         stays = keep[atoms]
         if (name, dim) in analysis.features:
             stays = stays & keep[analysis.features[name, dim]]
+        if not stays.any():
+            raise PlanError(
+                f"the plan leaves nothing of axis {dim} of {name!r}: none of the features it "
+                "keeps belongs to a channel it keeps. Analysis.close shows what a plan amounts to"
+            )
         if not stays.all():
             shrunk.setdefault(name, {})[dim] = np.flatnonzero(stays)
     return shrunk

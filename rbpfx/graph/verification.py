@@ -46,9 +46,8 @@ def verify(
         an output has no finite entry at all, so that nothing could be compared.
     """
     inputs = list(bind_inputs(masked, example_inputs).values())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inputs = [map_aggregate(value, _draw_like) for value in inputs]
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [map_aggregate(value, lambda v: _draw_like(v, generator)) for value in inputs]
     outputs = [_run(network, inputs, train) for network in (masked, pruned)]
     return difference(*outputs)
 
@@ -81,7 +80,7 @@ def difference(reference: Any, other: Any) -> float:
         return float("inf")
     worst = 0.0
     for a, b in pairs:
-        a, b = a.double(), b.double()
+        a, b = a.detach().double(), b.detach().double()
         if a.numel() == 0 or torch.equal(a, b):
             continue
         finite = torch.isfinite(a)
@@ -118,14 +117,15 @@ def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _draw_like(value: Any) -> Any:
+def _draw_like(value: Any, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point():
-        return torch.randn(value.shape, dtype=torch.float64)
+        return torch.randn(value.shape, dtype=torch.float64, generator=generator)
     if value.dtype == torch.bool or value.numel() == 0:
         return value
-    return torch.randint(int(value.min()), int(value.max()) + 1, value.shape, dtype=value.dtype)
+    low, high = int(value.min()), int(value.max())
+    return torch.randint(low, high + 1, value.shape, dtype=value.dtype, generator=generator)
 
 
 @contextmanager
