@@ -159,6 +159,9 @@ def trace(
     in_train = _symbolic_graph(root.train(), leaf_modules, supplied)
     in_eval = _symbolic_graph(root.eval(), leaf_modules, supplied)
     graph = merge_modes(in_train, in_eval, root)
+    for node in graph.nodes:
+        if isinstance(node.type, str):
+            node.type = None  # an annotation that was never evaluated: torch cannot pickle it
     graph._tracer_cls = GraphTracer
     gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
     for name, module in gm.named_modules():
@@ -257,6 +260,13 @@ class _MetadataProp(FakeTensorProp):
             except Exception:
                 raise refusal from None
             return map_aggregate(result, self._faked)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Record plain numbers and sizes too, which torch before 2.9 leaves out."""
+        result = super().run_node(n)
+        if isinstance(result, (bool, int, float, torch.Size)):
+            n.meta["val"] = result
+        return result
 
     def _faked(self, value: Any) -> Any:
         return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
