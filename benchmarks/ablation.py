@@ -28,14 +28,12 @@ SHARE = 0.05
 BASE = Recursion(epochs=10)
 VARIANTS = {
     "default": BASE,
+    "gates count softly to the end": replace(BASE, sharpness=(2.0, 2.0)),
     "strict recursion (window=1)": replace(BASE, window=1),
-    "three groups at a time (window=3)": replace(BASE, window=3),
     "joint (all hardened at the end)": replace(BASE, front=0.01),
     "weights frozen while gates decide": replace(BASE, weight_lr=0.0),
-    "weights at a tenth of the rate": replace(BASE, weight_lr=0.001),
     "cost-blind divergence": replace(BASE, cost_aware=False),
     "noise learning rate 0.1": replace(BASE, noise_lr=0.1),
-    "noise learning rate 0.02": replace(BASE, noise_lr=0.02),
 }
 
 

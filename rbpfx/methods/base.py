@@ -92,8 +92,13 @@ class NoiseGate(nn.Module, ABC):
         """
 
     @abstractmethod
-    def openness(self) -> Tensor:
-        """How likely every unit is to stay, in [0, 1], `(size,)`: what a budget counts."""
+    def openness(self, sharpness: float) -> Tensor:
+        """How likely every unit is to stay, in [0, 1], `(size,)`: what a budget counts.
+
+        Args:
+            sharpness: How decided the answer is, from 1 (as likely as the posterior says) up to
+                a hard decision.
+        """
 
     @abstractmethod
     def score(self) -> Tensor:

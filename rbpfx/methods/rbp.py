@@ -73,12 +73,12 @@ class RBPGate(NoiseGate):
         """KL per unit, `(size,)`; `strength` is lambda = 1 / (2 eps^2)."""
         return gaussian_dropout_kl(self.gate_logit, strength)
 
-    def openness(self) -> Tensor:
-        """`g^2 / (g^2 + (1 - g)^2)`: the gate, closer to the 0 or 1 it will be hardened to.
+    def openness(self, sharpness: float) -> Tensor:
+        """`g^s / (g^s + (1 - g)^s)` with sharpness s: the gate, closer to the 0 or 1 it becomes.
 
         A gate of 0.9 costs a whole unit once it is hardened, and one of 0.1 nothing. (Ours.)
         """
-        return torch.sigmoid(2 * self.gate_logit)
+        return torch.sigmoid(sharpness * self.gate_logit)
 
     def score(self) -> Tensor:
         """The gate, `(size,)`."""

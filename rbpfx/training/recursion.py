@@ -48,6 +48,8 @@ class Recursion:
             groups noisy from the start, the front then hardens them one by one.
         front: Share of the steps during which the front passes, if `window` is None.
         budget_ramp: Share of the steps before the front in which the budget falls to the target.
+        sharpness: How decided gates count towards a budget, while it falls and at the end (see
+            `NoiseGate.openness`): the growth pushes half-open gates apart.
         noise_lr: Learning rate of the noise parameters (Adam).
         weight_lr: Learning rate of the weights (SGD, Nesterov momentum 0.9); 0 freezes them.
         weight_decay: L2 penalty on the weights.
@@ -62,6 +64,7 @@ class Recursion:
     window: int | None = None
     front: float = 0.3
     budget_ramp: float = 0.7
+    sharpness: tuple[float, float] = (2.0, 8.0)
     noise_lr: float = 0.05
     weight_lr: float = 0.01
     weight_decay: float = 5e-4
@@ -141,6 +144,7 @@ class RecursiveTraining:
         self.needed: dict[str, npt.NDArray[np.bool_]] = {}
         self.multipliers: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
+        self.sharpness = settings.sharpness[0]
         self.projection = BudgetProjection(self.gates, self.weights, self.expected_cost)
 
     def run(self, loader: Loader, report: Callable[[Progress], None] = lambda _: None) -> None:
@@ -186,6 +190,7 @@ class RecursiveTraining:
             )
             good = latest
             if self.budget is not None:
+                self.sharpness = schedule.sharpness(step, settings.sharpness)
                 strength = self.projection.apply(optimizers[0], schedule.budget(step, self.budget))
             bound = float(loss.detach() + divergence.detach())
             if front == 0 and self.budget is None and evidence.settled(bound):
@@ -211,7 +216,7 @@ class RecursiveTraining:
         waiting = 1.0 if self.budget is None else self.budget**0.5
         shares: dict[str, Values | float] = {}
         for gate in self.gates:
-            shares[gate.group] = waiting if gate.phase is Phase.WAITING else _openness(gate)
+            shares[gate.group] = waiting if gate.phase is Phase.WAITING else self._openness(gate)
         return self.analysis.macs(self.analysis.gather(shares)) / self.dense_macs
 
     def plan(self) -> PruningPlan:
@@ -219,6 +224,17 @@ class RecursiveTraining:
         if self.budget is not None:
             return cut(self.analysis, self.scores, self.budget)
         return complete(self.analysis, self.needed, self.scores)
+
+    def _openness(self, gate: NoiseGate) -> Values:
+        with torch.no_grad():
+            if gate.phase is Phase.HARDENED:
+                openness = (gate.constants != 0).double()
+            elif gate.phase is Phase.WAITING:
+                openness = torch.ones_like(gate.constants)
+            else:
+                openness = gate.openness(self.sharpness)
+            values: Values = openness.double().cpu().numpy()
+            return values
 
     def _harden(self, gate: NoiseGate) -> None:
         with torch.no_grad():
@@ -305,7 +321,7 @@ class RecursiveTraining:
     ) -> Progress:
         group = self.gates[min(front, len(self.gates) - 1)].group
         cost = self.expected_cost()
-        open_gates = sum(int((_openness(gate) > 0.5).sum()) for gate in self.gates)
+        open_gates = sum(int((self._openness(gate) > 0.5).sum()) for gate in self.gates)
         value = float(loss.detach())
         return Progress(step + 1, steps, group, front, value, bound, strength, cost, open_gates)
 
@@ -350,6 +366,12 @@ class Schedule:
         fallen = (step + 1 - settling) / (self.ramp - settling + 1)
         return 1 - (1 - target) * min(max(fallen, 0), 1)
 
+    def sharpness(self, step: int, between: tuple[float, float]) -> float:
+        """How decided gates count at a step: grows geometrically once the budget has fallen."""
+        first, last = between
+        passed = max(step + 1 - self.ramp, 0) / max(self.steps - self.ramp, 1)
+        return float(first * (last / first) ** passed)
+
     def started(self, step: int) -> Schedule:
         """The same schedule with the front setting out at `step` instead of later."""
         if step >= self.start:
@@ -382,15 +404,3 @@ class Evidence:
             return False
         first, before, now = self.readings[0], *self.readings[-2:]
         return before - now < self.tolerance * abs(first - now)
-
-
-def _openness(gate: NoiseGate) -> Values:
-    with torch.no_grad():
-        if gate.phase is Phase.HARDENED:
-            openness = (gate.constants != 0).double()
-        elif gate.phase is Phase.WAITING:
-            openness = torch.ones_like(gate.constants)
-        else:
-            openness = gate.openness()
-        values: Values = openness.double().cpu().numpy()
-        return values

@@ -75,7 +75,7 @@ class Toy:
         self.projection = BudgetProjection(self.gates, weights, self.cost)
 
     def openness(self) -> torch.Tensor:
-        return torch.cat([gate.openness().detach() for gate in self.gates])
+        return torch.cat([gate.openness(2.0).detach() for gate in self.gates])
 
     def cost(self) -> float:
         return float(self.openness().mean())
