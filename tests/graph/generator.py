@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rbpfx.errors import PlanError
 from rbpfx.graph.groups import Analysis
+from rbpfx.graph.slicing import kept_indices
 from rbpfx.plan import PruningPlan
 
 BATCH = 3
@@ -125,7 +127,12 @@ def random_plan(analysis: Analysis, seed: int) -> PruningPlan:
             continue
         count = 1 if draw < 0.4 else rng.randint(1, group.size)
         kept[group.name] = rng.sample(range(group.size), count)
-    return PruningPlan(kept)
+    plan = PruningPlan(kept)
+    try:
+        kept_indices(analysis, analysis.keep(plan))
+    except PlanError:  # features and their channels have nothing in common
+        return PruningPlan({n: units for n, units in kept.items() if ".features" not in n})
+    return plan
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:
