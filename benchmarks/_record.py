@@ -11,13 +11,14 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from tabulate import tabulate
+
+import rbpfx
 
 
 def environment() -> dict[str, Any]:
@@ -31,7 +32,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
-        "rbpfx": _installed_version("rbpfx"),
+        "rbpfx": rbpfx.__version__,
     }
 
 
@@ -42,13 +43,6 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None  # run from a checkout that is not installed
 
 
 class Record:
