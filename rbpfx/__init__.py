@@ -24,7 +24,8 @@ from rbpfx.prune import PruningResult, prune
 from rbpfx.report import Figures, Report
 from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune
-from rbpfx.training.recursion import Progress, Recursion
+from rbpfx.training.recursion import Progress
+from rbpfx.training.schedule import Recursion
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,7 @@ from rbpfx.errors import RbpfxError
 from rbpfx.prune import PruningResult, prune
 from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune
-from rbpfx.training.recursion import Recursion
+from rbpfx.training.schedule import Recursion
 
 
 class ResidualBlock(nn.Module):

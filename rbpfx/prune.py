@@ -29,7 +29,8 @@ from rbpfx.target import Target
 from rbpfx.training.budget import require_reachable
 from rbpfx.training.finetune import FineTune, finetune
 from rbpfx.training.loop import refresh_batchnorm
-from rbpfx.training.recursion import Recursion, RecursiveTraining
+from rbpfx.training.recursion import RecursiveTraining
+from rbpfx.training.schedule import Recursion
 from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task, batch_size
 
 CAPTURE_TOLERANCE = 1e-4

@@ -9,7 +9,7 @@ already (`window`), so that they compete for one budget; the front then passes o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from rbpfx.errors import DivergenceError, InputError, RbpfxError
+from rbpfx.errors import DivergenceError, InputError
 from rbpfx.graph.groups import Analysis
 from rbpfx.methods import NoiseGate, Phase, noise_gates
 from rbpfx.plan import PruningPlan
@@ -29,58 +29,8 @@ from rbpfx.training.loop import (
     steps_per_epoch,
     still_finite,
 )
+from rbpfx.training.schedule import Evidence, Recursion, Schedule
 from rbpfx.training.task import Loader, Task, examples_in
-
-SETTLING = 0.1
-"""Share of the budget's ramp in which it stays at 1, while Adam learns the gradients' scale."""
-
-
-@dataclass(frozen=True)
-class Recursion:
-    """How the noise is trained. Every default is ours, chosen in docs/experiments.md.
-
-    Attributes:
-        epochs: Passes over the loader for all groups together (at most, without a target).
-        strength: Price of an open gate of average cost, in nats per training example:
-            lambda / N with the prior's lambda = 1 / (2 eps^2). A channel stays if it lowers the
-            mean training loss by more. Not used with a target, which finds the strength.
-        window: How many groups are noisy at a time. 1 is the strict recursion; None makes all
-            groups noisy from the start, the front then hardens them one by one.
-        front: Share of the steps during which the front passes, if `window` is None.
-        budget_ramp: Share of the steps before the front in which the budget falls to the target.
-        sharpness: How decided gates count towards a budget, while it falls and at the end (see
-            `NoiseGate.openness`): the growth pushes half-open gates apart.
-        noise_lr: Learning rate of the noise parameters (Adam).
-        weight_lr: Learning rate of the weights (SGD, Nesterov momentum 0.9); 0 freezes them.
-        weight_decay: L2 penalty on the weights.
-        patience: Without a target, noise training moves on to hardening when over this share of
-            an epoch the evidence bound has fallen by less than `tolerance` of its whole fall.
-        tolerance: See `patience`.
-        cost_aware: Weigh every unit's divergence by the multiply-accumulates it costs.
-    """
-
-    epochs: float = 3.0
-    strength: float = 0.003
-    window: int | None = None
-    front: float = 0.3
-    budget_ramp: float = 0.7
-    sharpness: tuple[float, float] = (2.0, 8.0)
-    noise_lr: float = 0.05
-    weight_lr: float = 0.01
-    weight_decay: float = 5e-4
-    patience: float = 0.5
-    tolerance: float = 0.02
-    cost_aware: bool = True
-
-    def __post_init__(self) -> None:
-        positive = ("epochs", "strength", "noise_lr", "patience")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise RbpfxError(f"Recursion({name}={getattr(self, name)}) must be positive")
-        if self.window is not None and self.window < 1:
-            raise RbpfxError(f"Recursion(window={self.window}) must be at least 1, or None")
-        if not 0 <= self.front < 1 or not 0 < self.budget_ramp <= 1:
-            raise RbpfxError("Recursion(front=...) lies in [0, 1), budget_ramp in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -324,83 +274,3 @@ class RecursiveTraining:
         open_gates = sum(int((self._openness(gate) > 0.5).sum()) for gate in self.gates)
         value = float(loss.detach())
         return Progress(step + 1, steps, group, front, value, bound, strength, cost, open_gates)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When every group becomes noisy and when it is hardened.
-
-    Attributes:
-        groups: Number of groups.
-        ahead: How many groups from the front on are noisy.
-        start: Step at which the front sets out.
-        steps: Step at which it has passed the last group.
-        ramp: Steps in which the budget falls.
-    """
-
-    groups: int
-    ahead: int
-    start: int
-    steps: int
-    ramp: float
-
-    @classmethod
-    def plan(cls, groups: int, steps: int, settings: Recursion) -> Schedule:
-        """The schedule that settings ask for."""
-        if settings.window is not None:
-            return cls(groups, settings.window, 0, steps, 0)
-        start = round((1 - settings.front) * steps)
-        return cls(groups, groups, start, steps, settings.budget_ramp * start)
-
-    def phase(self, group: int, front: int) -> Phase:
-        """The phase of a group that is not hardened yet."""
-        return Phase.NOISY if group < front + self.ahead else Phase.WAITING
-
-    def hardens(self, step: int, group: int) -> bool:
-        """Whether a group is hardened after a step."""
-        return step + 1 >= self.start + (group + 1) * (self.steps - self.start) / self.groups
-
-    def budget(self, step: int, target: float) -> float:
-        """Share of the cost allowed at a step: falls linearly from 1, then stays."""
-        settling = SETTLING * self.ramp
-        fallen = (step + 1 - settling) / (self.ramp - settling + 1)
-        return 1 - (1 - target) * min(max(fallen, 0), 1)
-
-    def sharpness(self, step: int, between: tuple[float, float]) -> float:
-        """How decided gates count at a step: grows geometrically once the budget has fallen."""
-        first, last = between
-        passed = max(step + 1 - self.ramp, 0) / max(self.steps - self.ramp, 1)
-        return float(first * (last / first) ** passed)
-
-    def started(self, step: int) -> Schedule:
-        """The same schedule with the front setting out at `step` instead of later."""
-        if step >= self.start:
-            return self
-        return replace(self, start=step, steps=step + self.steps - self.start)
-
-
-class Evidence:
-    """Watches the negative evidence bound and says when it has stopped falling.
-
-    Args:
-        interval: Steps averaged into one reading.
-        tolerance: A fall between two readings below this share of the whole fall counts as none.
-    """
-
-    def __init__(self, interval: int, tolerance: float) -> None:
-        self.interval = interval
-        self.tolerance = tolerance
-        self.window: list[float] = []
-        self.readings: list[float] = []
-
-    def settled(self, bound: float) -> bool:
-        """Take one step's bound; whether it has stopped falling."""
-        self.window.append(bound)
-        if len(self.window) < self.interval:
-            return False
-        self.readings.append(sum(self.window) / len(self.window))
-        self.window.clear()
-        if len(self.readings) < 3:
-            return False
-        first, before, now = self.readings[0], *self.readings[-2:]
-        return before - now < self.tolerance * abs(first - now)
