@@ -291,3 +291,10 @@ class TestTeacherAndErrors:
     def test_settings_are_checked(self, wrong: dict[str, float]) -> None:
         with pytest.raises(RbpfxError, match=next(iter(wrong))):
             Recursion(**wrong)
+
+
+def test_training_ends_early_without_a_budget(dense: nn.Module) -> None:
+    training = recursive(dense, epochs=20, patience=0.5, tolerance=10, noise_lr=0.01)
+    training.run(BATCHES)
+    # Three readings of half an epoch each, then the front passes as it would have.
+    assert training.history[-1]["step"] == 9 + 36

@@ -65,9 +65,3 @@ class TestEvidence:
     def test_a_rise_counts_as_settled(self) -> None:
         evidence = Evidence(interval=1, tolerance=0.02)
         assert [evidence.settled(b) for b in (3.0, 1.0, 2.0)] == [False, False, True]
-
-    def test_training_ends_early_without_a_budget(self, dense: nn.Module) -> None:
-        training = recursive(dense, epochs=20, patience=0.5, tolerance=10, noise_lr=0.01)
-        training.run(BATCHES)
-        # Three readings of half an epoch each, then the front passes as it would have.
-        assert training.history[-1]["step"] == 9 + 36
