@@ -133,7 +133,7 @@ def prune(
         accuracy = evaluate(dense)
 
         noisy = insert_noise(gm, analysis, method)
-        teacher = copy.deepcopy(dense).eval() if distill else None
+        teacher = dense.eval() if distill else None
         training = RecursiveTraining(noisy, analysis, task, recursion, budget, teacher)
         with Bar("noise", progress, lambda: evaluate(noisy)) as bar:
             training.run(loader, bar.noise)

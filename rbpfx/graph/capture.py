@@ -279,16 +279,23 @@ def _ones(value: Any) -> Any:
 
 
 @contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Put modules in eval mode; give every submodule its own flag back afterwards."""
+def keeping_modes(*modules: nn.Module) -> Iterator[None]:
+    """Give every submodule its own training flag back afterwards."""
     flags = [(m, m.training) for module in modules for m in module.modules()]
     try:
-        for module in modules:
-            module.eval()
         yield
     finally:
         for m, training in flags:
             m.training = training
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Put modules in eval mode; give every submodule its own flag back afterwards."""
+    with keeping_modes(*modules):
+        for module in modules:
+            module.eval()
+        yield
 
 
 def _symbolic_graph(
@@ -334,6 +341,7 @@ __all__ = [
     "bind_inputs",
     "call_with",
     "evaluating",
+    "keeping_modes",
     "record_metadata",
     "trace",
 ]

@@ -145,6 +145,11 @@ class Analysis:
             total += cost
         return total
 
+    @cached_property
+    def dense_macs(self) -> float:
+        """Multiply-accumulates of the example batch if nothing is removed."""
+        return self.macs(np.ones(len(self.channel), dtype=bool))
+
     def close(self, plan: PruningPlan) -> PruningPlan:
         """Remove also what a plan leaves useless: units of which every read is zero.
 

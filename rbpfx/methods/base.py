@@ -71,9 +71,13 @@ class NoiseGate(nn.Module, ABC):
             keep: Which units stay, boolean `(size,)`.
         """
         with torch.no_grad():
-            mean = self.mean() if self.foldable else torch.ones_like(self.constants)
+            mean = self.kept_multiplier()
             self.constants.copy_(torch.where(keep.to(mean.device), mean, torch.zeros_like(mean)))
         self.phase = Phase.HARDENED
+
+    def kept_multiplier(self) -> Tensor:
+        """What a unit is multiplied by if it stays: its mean, or 1 where none can be folded."""
+        return self.mean() if self.foldable else torch.ones_like(self.constants)
 
     @abstractmethod
     def sample(self, rows: int) -> Tensor:

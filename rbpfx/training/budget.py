@@ -123,7 +123,7 @@ def require_reachable(analysis: Analysis, share: float) -> None:
         TargetError: It does not.
     """
     smallest = above(analysis, {g.name: np.zeros(g.size) for g in analysis.groups}, np.inf)
-    least = analysis.macs(analysis.keep(smallest)) / analysis.macs(analysis.keep(PruningPlan()))
+    least = analysis.macs(analysis.keep(smallest)) / analysis.dense_macs
     if least > share:
         raise TargetError(
             f"the target keeps {share:.1%} of the multiply-accumulates, but with one unit per "
@@ -142,7 +142,7 @@ def cut(analysis: Analysis, scores: Mapping[str, Values], share: float) -> Pruni
         scores: Group name -> one score per unit, comparable between groups.
         share: Share of the dense multiply-accumulates; reachable (`require_reachable`).
     """
-    budget = share * analysis.macs(analysis.keep(PruningPlan()))
+    budget = share * analysis.dense_macs
     thresholds = np.concatenate([[-np.inf], np.unique(np.concatenate([*scores.values()]))])
     low, high = 0, len(thresholds) - 1
     while low < high:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from rbpfx.errors import DivergenceError, RbpfxError
+from rbpfx.graph.capture import keeping_modes
 from rbpfx.training.loop import (
     batches,
     gradient_step,
-    keeping_modes,
     snapshot,
     steps_per_epoch,
     still_finite,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
@@ -77,17 +76,6 @@ def still_finite(model: nn.Module, batch: Any, task: Task) -> bool:
         return isfinite(float(task.loss(model, batch)))
 
 
-@contextmanager
-def keeping_modes(model: nn.Module) -> Iterator[None]:
-    """Give every submodule its training flag back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
 @torch.no_grad()
 def refresh_batchnorm(model: nn.Module, loader: Loader, task: Task, max_batches: int = 64) -> None:
     """Estimate BatchNorm statistics anew as plain averages over training batches.
@@ -102,8 +90,7 @@ def refresh_batchnorm(model: nn.Module, loader: Loader, task: Task, max_batches:
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    with keeping_modes(model):
-        model.eval()
+    with evaluating(model):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None

@@ -88,7 +88,6 @@ class RecursiveTraining:
         self.budget = budget
         self.teacher = teacher
         self.gates: list[NoiseGate] = noise_gates(noisy)
-        self.dense_macs = analysis.macs(np.ones(len(analysis.channel)))
         self.weights = self._unit_weights()
         self.scores: dict[str, Values] = {}
         self.needed: dict[str, npt.NDArray[np.bool_]] = {}
@@ -167,7 +166,7 @@ class RecursiveTraining:
         shares: dict[str, Values | float] = {}
         for gate in self.gates:
             shares[gate.group] = waiting if gate.phase is Phase.WAITING else self._openness(gate)
-        return self.analysis.macs(self.analysis.gather(shares)) / self.dense_macs
+        return self.analysis.macs(self.analysis.gather(shares)) / self.analysis.dense_macs
 
     def plan(self) -> PruningPlan:
         """Which units stay: the highest scores within the budget, or the method's own rule."""
@@ -192,10 +191,9 @@ class RecursiveTraining:
             needed = gate.needed()
             if not needed.any():
                 needed[score.argmax()] = True
-            mean = gate.mean() if gate.foldable else torch.ones_like(gate.constants)
             self.scores[gate.group] = score.double().cpu().numpy()
             self.needed[gate.group] = needed.cpu().numpy()
-            self.multipliers[gate.group] = mean.clone()
+            self.multipliers[gate.group] = gate.kept_multiplier().clone()
             gate.harden(needed)
 
     def _divergence(self, examples: int) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rbpfx import InputError
+from rbpfx.graph.capture import keeping_modes
 from rbpfx.training.loop import (
     batches,
     gradient_step,
-    keeping_modes,
     refresh_batchnorm,
     snapshot,
     steps_per_epoch,

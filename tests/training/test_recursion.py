@@ -243,7 +243,7 @@ class TestBudget:
 
 
 def share(analysis: Analysis, training: RecursiveTraining) -> float:
-    return analysis.macs(analysis.keep(training.plan())) / training.dense_macs
+    return analysis.macs(analysis.keep(training.plan())) / analysis.dense_macs
 
 
 class TestTeacherAndErrors:
