@@ -8,6 +8,7 @@ multiply-accumulates).
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -190,6 +191,7 @@ class Propagation:
         operand: Operand,
         weight_dim: int,
         *,
+        label: Label | None = None,
         split_features: bool = False,
     ) -> tuple[Atoms, ...]:
         """Record that `node` contracts axis `dim` of `source` with axis `weight_dim` of a weight.
@@ -200,12 +202,13 @@ class Propagation:
             dim: The contracted axis.
             operand: The weight.
             weight_dim: The weight's axis.
+            label: The label of `source` as the operator sees it; the one it has by default.
             split_features: Whether the positions of a flattened channel may become units.
 
         Returns:
             The atoms of the axis; a second array for flattened features.
         """
-        label = self.label(source)
+        label = self.label(source) if label is None else label
         dim %= label.ndim
         atoms: tuple[Atoms, ...] = (self.axis(label, dim, _untracked_reason(source)),)
         axis = operand.parameter_axis(weight_dim)
@@ -242,10 +245,27 @@ class Propagation:
             for block in label.blocks if label is not None else ():
                 self.identities.pin(block.atoms, reason)
 
-    def pin_blocks(self, label: Label, dims: set[int], reason: str) -> Label:
-        """Pin what is followed along any of `dims`, and follow it no further."""
-        self.pin(Label(label.shape, tuple(b for b in label.blocks if dims & set(b.dims))), reason)
-        return Label(label.shape, label.without(*dims))
+    def collapse(self, label: Label, dims: Iterable[int], reason: str) -> Label:
+        """Follow a value along `dims` no further, because an operator mixes what lies there.
+
+        A block over these axes alone is pinned. One that has other axes too is tied along `dims`:
+        what the operator mixes becomes one unit, which the other axes still follow (the positions
+        of an attention head under a softmax, for example).
+        """
+        mixed = set(dims)
+        blocks = []
+        for block in label.blocks:
+            rest = tuple(d for d in block.dims if d not in mixed)
+            if rest == block.dims:
+                blocks.append(block)
+            elif rest:
+                first = tuple(0 if d in mixed else slice(None) for d in block.dims)
+                slab = Block(rest, block.atoms[first])
+                self.identities.tie(block.atoms, slab.aligned(block.dims))
+                blocks.append(slab)
+            else:
+                self.identities.pin(block.atoms, reason)
+        return Label(label.shape, tuple(blocks))
 
     # -- the walk -------------------------------------------------------------------------
 

@@ -28,13 +28,11 @@ def broadcast(state: Propagation, labels: Sequence[Label], shape: Sequence[int])
                 state.identities.pin(block.atoms, "a single channel broadcast to many")
                 continue
             merged = _merge(state, merged, block)
-    result = []
-    for block in merged:
-        if any(_whole_along(label, block.dims, ndim) for label in labels):
-            state.identities.pin(block.atoms, "element-wise with a value that is not followed")
-        else:
-            result.append(block)
-    return Label(tuple(shape), tuple(result))
+    whole = {
+        d for block in merged for d in block.dims if any(_is_whole(x, d, ndim) for x in labels)
+    }
+    result = Label(tuple(shape), tuple(merged))
+    return state.collapse(result, whole, "element-wise with a value that is not followed")
 
 
 def _merge(state: Propagation, blocks: list[Block], new: Block) -> list[Block]:
@@ -52,13 +50,10 @@ def _merge(state: Propagation, blocks: list[Block], new: Block) -> list[Block]:
     return [*apart, new]
 
 
-def _whole_along(label: Label, dims: Sequence[int], ndim: int) -> bool:
+def _is_whole(label: Label, dim: int, ndim: int) -> bool:
     """Whether an operand has real extent along a followed axis without following it."""
-    offset = ndim - label.ndim
-    return any(
-        d >= offset and label.shape[d - offset] > 1 and label.block(d - offset) is None
-        for d in dims
-    )
+    dim -= ndim - label.ndim
+    return dim >= 0 and label.shape[dim] > 1 and label.block(dim) is None
 
 
 class Combine(Rule):
@@ -90,6 +85,8 @@ class Concatenate(Rule):
         labels = _sequence(argument(node, 0, "tensors"), state)
         shape = shape_of(node)
         dim = int(value_of(argument(node, 1, "dim", 0))) % len(shape)
+        if any(len(block.dims) > 1 for label in labels for block in _over(label, dim)):
+            labels = [state.collapse(label, {dim}, "concatenated") for label in labels]
         followed = any(label.block(dim) is not None for label in labels)
         axis = [state.axis(label, dim, "concatenated") for label in labels] if followed else []
         others = broadcast(
@@ -122,6 +119,10 @@ def _sequence(tensors: Any, state: Propagation) -> list[Label]:
     if isinstance(labels, tuple):
         return [label for label in labels if isinstance(label, Label)]
     return [Label(tuple(value.shape)) for value in tensors.meta["val"]]
+
+
+def _over(label: Label, dim: int) -> list[Block]:
+    return [block for block in label.blocks if dim in block.dims]
 
 
 def _with(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:

@@ -50,20 +50,21 @@ class Convolution(Rule):
         dim = _channel_dim(source, weight.shape)
         label = state.label(source)
         spatial = set(range(label.ndim)) - {dim}
-        state.pin_blocks(label, spatial, "spatial axis of a convolution")
+        label = state.collapse(label, spatial, "spatial axis of a convolution")
         if self._is_depthwise(node, state.gm):
-            atoms = self._depthwise(node, source, dim, weight, state)
+            inputs = state.axis(label, dim, "input of a depthwise convolution")
+            atoms = self._depthwise(node, inputs, dim, weight, state)
         else:
-            atoms = self._full(node, source, dim, weight, state)
+            (inputs,) = state.read(
+                node, source, dim, weight, 0 if self.transposed else 1, label=label
+            )
+            atoms = self._full(node, inputs, weight, state)
         if bias is not None:
             bias.bind(0, atoms)
         return Label(shape_of(node), (Block((dim,), atoms),))
 
-    def _full(
-        self, node: fx.Node, source: fx.Node, dim: int, weight: Operand, state: Propagation
-    ) -> Atoms:
+    def _full(self, node: fx.Node, inputs: Atoms, weight: Operand, state: Propagation) -> Atoms:
         groups = _groups(node, state.gm)
-        (inputs,) = state.read(node, source, dim, weight, 0 if self.transposed else 1)
         tie_groups(state, inputs, groups)
         if self.transposed:
             weight.bind(0, inputs)
@@ -76,9 +77,8 @@ class Convolution(Rule):
         return outputs
 
     def _depthwise(
-        self, node: fx.Node, source: fx.Node, dim: int, weight: Operand, state: Propagation
+        self, node: fx.Node, inputs: Atoms, dim: int, weight: Operand, state: Propagation
     ) -> Atoms:
-        inputs = state.axis(state.label(source), dim, "input of a depthwise convolution")
         outputs = np.repeat(inputs, shape_of(node)[dim] // len(inputs))
         weight.bind(0, inputs if self.transposed else outputs)
         weight.pin_rest(0)

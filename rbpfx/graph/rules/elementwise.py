@@ -47,7 +47,7 @@ class PReLU(Rule):
         assert slope is not None
         if slope.shape and slope.shape[0] > 1:
             slope.bind(0, state.axis(label, 1, "slopes of a PReLU over a mixed axis"))
-            label = state.pin_blocks(label, set(range(label.ndim)) - {1}, "PReLU slopes")
+            label = state.collapse(label, set(range(label.ndim)) - {1}, "PReLU slopes")
         elif slope.label is not None:
             slope.pin_rest()
         return label

@@ -195,7 +195,7 @@ class Squeeze(Rule):
         """Drop the squeezed axes."""
         label = state.label(tensor_input(node))
         dims = _squeezed(node, label)
-        label = state.pin_blocks(label, set(dims), "only one channel")
+        label = state.collapse(label, set(dims), "only one channel")
         stay = [d for d in range(label.ndim) if d not in dims]
         where = {old: new for new, old in enumerate(stay)}
         return Label(shape_of(node), tuple(b.moved(where) for b in label.blocks))

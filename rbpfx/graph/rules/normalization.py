@@ -30,7 +30,7 @@ class BatchNorm(Rule):
         """Bind the per-channel tensors to axis 1; statistics run over all other axes."""
         label = state.label(tensor_input(node))
         rest = set(range(label.ndim)) - {1}
-        label = state.pin_blocks(label, rest, "statistics of a BatchNorm")
+        label = state.collapse(label, rest, "statistics of a BatchNorm")
         operands = [state.operand(node, position, name) for name, position in self.arguments]
         bound = [operand for operand in operands if operand is not None]
         if not bound:

@@ -25,7 +25,7 @@ class Reduce(Rule):
         elif isinstance(dims, int):
             dims = (dims,)
         reduced = {d % label.ndim for d in dims} or set(range(label.ndim))
-        label = state.pin_blocks(label, reduced, f"reduction over channels ({node.name!r})")
+        label = state.collapse(label, reduced, f"reduction over channels ({node.name!r})")
         if argument(node, 2, "keepdim", False):
             return Label(shape_of(node), label.blocks)
         stay = [d for d in range(label.ndim) if d not in reduced]

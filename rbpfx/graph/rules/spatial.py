@@ -26,7 +26,7 @@ class Spatial(Rule):
         label = state.label(tensor_input(node))
         mixed = label.ndim - 2 if self.spatial_dims is None else self.spatial_dims
         spatial = set(range(label.ndim - mixed, label.ndim))
-        label = state.pin_blocks(label, spatial, "spatial axis of a pooling or interpolation")
+        label = state.collapse(label, spatial, "spatial axis of a pooling or interpolation")
         value = node.meta["val"]
         if isinstance(value, Tensor):
             return Label(shape_of(node), label.blocks)
