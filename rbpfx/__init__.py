@@ -15,6 +15,7 @@ from rbpfx.graph.capture import trace
 from rbpfx.graph.cost import count_macs, count_parameters
 from rbpfx.graph.gates import apply_mask
 from rbpfx.graph.groups import Analysis, ChannelGroup, FrozenAxis, analyze
+from rbpfx.graph.rules.base import Rule, register_rule
 from rbpfx.graph.slicing import rewrite
 from rbpfx.graph.verification import verify
 from rbpfx.latency import Latency, measure_latency
@@ -50,6 +51,7 @@ __all__ = [
     "RbpfxError",
     "Recursion",
     "Report",
+    "Rule",
     "RuleError",
     "Target",
     "TargetError",
@@ -63,6 +65,7 @@ __all__ = [
     "measure_latency",
     "noise_gates",
     "prune",
+    "register_rule",
     "rewrite",
     "trace",
     "verify",

@@ -13,6 +13,10 @@ class InputError(RbpfxError):
     """The example inputs, the loader or the loss do not fit the model."""
 
 
+class GuardError(InputError):
+    """An input breaks an assumption on which the network was captured."""
+
+
 class RuleError(RbpfxError):
     """An operator rule met, or produced, something that it cannot describe."""
 

@@ -66,6 +66,8 @@ def prune(
     val_loader: Loader | None = None,
     metric: Metric | None = None,
     unit: str = "channel",
+    attention: str = "heads",
+    normalization: str = "freeze",
     recursion: Recursion | None = None,
     recovery: FineTune | None = None,
     distill: bool = False,
@@ -88,6 +90,11 @@ def prune(
         metric: Called as `metric(model, val_loader)`, in eval mode, in place of top-1 accuracy;
             needed with `val_loader` if the loss is not cross-entropy.
         unit: "channel", or "feature" to prune flattened features one by one as well.
+        attention: "heads" to prune whole heads, or "positions" to make all heads narrower.
+        normalization: What becomes of channels that a LayerNorm, RMSNorm or GroupNorm mixes:
+            "freeze" keeps them; "exact" lets them go and counts them as zeros; "sliced" lets them
+            go and normalises the rest, which changes the function: the report then says by how
+            much instead of proving that nothing changed.
         recursion: How the noise is trained.
         recovery: How the result is fine-tuned.
         distill: Learn half from the outputs of the dense network (classifiers only).
@@ -123,9 +130,10 @@ def prune(
     with _seeded(seed, device):
         dense = _copied(model).to(device)
         inputs, batch = _example_inputs(dense, loader, task)
-        gm = trace(dense, inputs, leaf_modules=leaf_modules)
+        # A copy: the graph takes the trained weights, while `dense` stays the baseline.
+        gm = trace(copy.deepcopy(dense), inputs, leaf_modules=leaf_modules)
         _check_capture(dense, gm, inputs)
-        analysis = analyze(gm, unit=unit)
+        analysis = analyze(gm, unit=unit, attention=attention, normalization=normalization)
         _require_groups(analysis)
         budget = None if target is None else target.macs_share(count_macs(gm))
         if budget is not None:
@@ -143,7 +151,8 @@ def prune(
         plan = training.plan()
         pruned = rewrite(folded, analysis, plan)
         masked = apply_mask(folded, analysis, plan)
-        error = require_equal(masked, pruned, first_examples(inputs, VERIFIED_EXAMPLES))
+        examples = first_examples(inputs, VERIFIED_EXAMPLES)
+        error = require_equal(masked, pruned, examples, inexact=analysis.inexact)
 
         refresh_batchnorm(pruned, loader, task)
         after_cut = evaluate(pruned)
@@ -179,6 +188,7 @@ def prune(
         device=_describe(device),
         seconds=time.perf_counter() - started,
         history=training.history,
+        inexact=analysis.inexact,
         metric="accuracy" if metric is None else getattr(metric, "__name__", "metric"),
     )
     return PruningResult(pruned, plan, report)

@@ -45,6 +45,7 @@ class Report:
         seconds: Wall time of the whole call.
         history: One entry per hardened group: step, strength, expected cost, open gates.
         metric: Name of what `accuracy` is.
+        inexact: Normalisations that were sliced without regard to exactness, on demand.
     """
 
     method: str
@@ -59,6 +60,7 @@ class Report:
     seconds: float
     history: list[dict[str, Any]] = field(default_factory=list)
     metric: str = "accuracy"
+    inexact: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types; numbers that JSON lacks, like infinity, are None."""
@@ -107,7 +109,7 @@ class Report:
     def _closing(self) -> str:
         lines = [
             f"method {self.method}, {self.seconds:.0f} s, latency on {self.device}",
-            f"sliced equals masked to {self.verification_error:.1e} (relative, float64)",
+            self._verification(),
         ]
         if self.target is not None:
             reached = self.pruned.macs / self.dense.macs
@@ -115,6 +117,14 @@ class Report:
         if self.frozen:
             lines.append(f"kept whole: {', '.join(f'{n} ({r})' for n, r in self.frozen.items())}")
         return "\n".join(lines)
+
+    def _verification(self) -> str:
+        if not self.inexact:
+            return f"sliced equals masked to {self.verification_error:.1e} (relative, float64)"
+        return (
+            f"NOT EXACT: sliced differs from masked by {self.verification_error:.1e} (relative), "
+            f"because normalization='sliced' cut {', '.join(self.inexact)}"
+        )
 
 
 def _times(before: float, after: float) -> str:

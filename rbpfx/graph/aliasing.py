@@ -21,18 +21,18 @@ class Memory:
     def __init__(self, gm: fx.GraphModule) -> None:
         self._holders: dict[int, list[fx.Node]] = defaultdict(list)
         for node in gm.graph.nodes:
-            for storage in _storages(node):
+            for storage in storages(node):
                 self._holders[storage].append(node)
         self._written: dict[int, list[fx.Node]] = defaultdict(list)
         for node in gm.graph.nodes:
             if node.all_input_nodes and modifies_in_place(node, gm):
-                for storage in _storages(node.all_input_nodes[0]):
+                for storage in storages(node.all_input_nodes[0]):
                     self._written[storage].append(node)
         self._place = {node: place for place, node in enumerate(gm.graph.nodes)}
 
     def writes(self, node: fx.Node) -> list[fx.Node]:
         """The in-place operators that change the memory of a value."""
-        return [w for storage in _storages(node) for w in self._written.get(storage, ())]
+        return [w for storage in storages(node) for w in self._written.get(storage, ())]
 
     def entangled(self) -> list[tuple[fx.Node, list[fx.Node]]]:
         """In-place operators whose effect is seen through a view of another geometry later on.
@@ -58,7 +58,8 @@ class Memory:
         return any(self._place[user] > self._place[write] for user in holder.users)
 
 
-def _storages(node: fx.Node) -> list[int]:
+def storages(node: fx.Node) -> list[int]:
+    """The memory that a node's value lives in."""
     value = node.meta.get("val")
     values = [value] if isinstance(value, Tensor) else tree_leaves(value)
     tensors = (v for v in values if isinstance(v, Tensor))

@@ -9,12 +9,17 @@ from typing import Any
 from torch import fx, nn
 
 
-def call_leaf(graph: fx.Graph, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+def call_leaf(
+    graph: fx.Graph,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> fx.Node:
     """Append a call of a function of ours that re-tracing must not look into.
 
     Unpickling a `GraphModule` traces its code again; the mark makes that code wrap the function.
     """
-    node = graph.call_function(function, args)
+    node = graph.call_function(function, args, kwargs)
     node.meta["is_wrapped"] = True
     return node
 

@@ -10,117 +10,29 @@ from __future__ import annotations
 
 import copy
 import inspect
-import operator
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.fx.node import map_aggregate
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_map
 
 from rbpfx.errors import CaptureError, InputError
-from rbpfx.graph.modes import TrainingMode, merge_modes
+from rbpfx.graph.metadata import fake_inputs, fake_mode
+from rbpfx.graph.modes import merge_modes
+from rbpfx.graph.parts import capture_inside, captured_parts, count_examples, note_examples
+from rbpfx.graph.tracer import GraphTracer, LeafModule, ValueTracer
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-LeafModule = type[nn.Module] | str
-
-
-class _Proxy(fx.Proxy):
-    """A proxy that records `x += y` as what it is: torch.fx would record `x + y`."""
-
-
-def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    function = getattr(operator, name)
-
-    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return record
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod"):
-    setattr(_Proxy, f"__{_name}__", _augmented(_name))
-
-
-class GraphTracer(fx.Tracer):
-    """`torch.fx.Tracer` that keeps in-place operators and operators on buffers as they are.
-
-    Graphs name it as their tracer, because unpickling a `GraphModule` traces its code again.
-    """
-
-    # Else operators on buffers would run once, while tracing, and leave a constant behind.
-    proxy_buffer_attributes = True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A proxy that knows in-place operators."""
-        return _Proxy(node, self)
-
-
-class Tracer(GraphTracer):
-    """The tracer of models: extra leaf modules, fixed arguments, errors that name the place.
-
-    Args:
-        leaf_modules: Classes or qualified names of modules that are not traced into.
-        supplied: Names of the forward arguments that the example inputs give, with their values.
-            All others are fixed at their default and leave the signature.
-    """
-
-    def __init__(self, leaf_modules: Iterable[LeafModule], supplied: Mapping[str, Any]) -> None:
-        super().__init__()
-        leaf_modules = tuple(leaf_modules)
-        self.leaf_names = {leaf for leaf in leaf_modules if isinstance(leaf, str)}
-        self.leaf_types = tuple(leaf for leaf in leaf_modules if isinstance(leaf, type))
-        self.supplied = supplied
-        self.failed_in: str | None = None
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a call of `m` stays one `call_module` node."""
-        return (
-            module_qualified_name in self.leaf_names
-            or isinstance(m, self.leaf_types)
-            or super().is_leaf_module(m, module_qualified_name)
-        )
-
-    def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Trace into `m`, remembering the innermost module in which tracing fails."""
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            if self.failed_in is None:
-                self.failed_in = self.path_of_module(m)
-            raise
-
-    def _proxy_placeholder(
-        self,
-        name: str,
-        concrete_args: dict[str, Any] | None,
-        sig: inspect.Signature,
-        fn_for_analysis: Callable[..., Any],
-    ) -> Any:
-        bare = name.lstrip("*")
-        if bare not in self.supplied:
-            return {"*": (), "**": {}}.get(name[: -len(bare)], sig.parameters[bare].default)
-        proxy = super()._proxy_placeholder(name, None, sig, fn_for_analysis)
-        value = self.supplied[bare]
-        return value if value is None or isinstance(value, (bool, int, float, str)) else proxy
-
-
 def trace(
     model: nn.Module,
     example_inputs: ExampleInputs,
     *,
     leaf_modules: Iterable[LeafModule] = (),
-) -> fx.GraphModule:
+) -> nn.Module:
     """Capture a model as a graph with tensor metadata on every node.
 
     Args:
@@ -147,27 +59,10 @@ def trace(
         [torch.Size([2, 64, 16, 16])]
     """
     supplied = bind_inputs(model, example_inputs)
-    leaf_modules = tuple(leaf_modules)
-    training = {name: module.training for name, module in model.named_modules()}
-    try:
-        root = copy.deepcopy(model)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({error}). rbpfx works on a copy so that "
-            "your model stays as it is; detach tensors that the model caches in its attributes."
-        ) from error
-    in_train = _symbolic_graph(root.train(), leaf_modules, supplied)
-    in_eval = _symbolic_graph(root.eval(), leaf_modules, supplied)
-    graph = merge_modes(in_train, in_eval, root)
-    for node in graph.nodes:
-        if isinstance(node.type, str):
-            node.type = None  # an annotation that was never evaluated: torch cannot pickle it
-    graph._tracer_cls = GraphTracer
-    gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    gm = _capture(model, supplied, tuple(leaf_modules))
+    flags = {name: module.training for name, module in model.named_modules()}
     for name, module in gm.named_modules():
-        module.training = training.get(name, model.training)
-    gm.graph.lint()
-    record_metadata(gm, list(supplied.values()))
+        module.training = flags.get(name, model.training)
     return gm
 
 
@@ -177,7 +72,10 @@ def bind_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, An
     Raises:
         InputError: They do not fit the signature.
     """
-    args, kwargs = _as_call(example_inputs)
+    return _bound(model, *_as_call(example_inputs))
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*args, **kwargs).arguments
@@ -208,76 +106,6 @@ def _as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, 
     return (example_inputs,), {}
 
 
-def record_metadata(gm: fx.GraphModule, values: list[Any] | None = None) -> None:
-    """Write `node.meta["val"]` on every node by propagating fake tensors.
-
-    Args:
-        gm: The graph to annotate.
-        values: Values for the placeholders in order. By default the shapes, dtypes and devices
-            that the placeholders' metadata holds already.
-
-    Raises:
-        InputError: An operator rejects the shapes; names the node.
-    """
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    if values is None:
-        values = [n.meta["val"] for n in placeholders]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        with mode:
-            return torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device=value.device
-            )
-
-    propagation = _MetadataProp(gm, mode)
-    with evaluating(gm), torch.no_grad():
-        try:
-            propagation.propagate_dont_convert_inputs(*(map_aggregate(v, fake) for v in values))
-        except Exception as error:
-            shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in values]
-            raise InputError(
-                f"the model does not run on inputs of shape {shapes}: {error}"
-            ) from error
-    for node in placeholders:
-        node.meta.setdefault("val", None)
-
-
-class _MetadataProp(FakeTensorProp):
-    """Fake tensors everywhere but in leaf modules whose Python code depends on values."""
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a module with fake tensors; if it refuses them, a copy of it with real ones."""
-        try:
-            return super().call_module(target, args, kwargs)
-        except Exception as refusal:
-            try:
-                with unset_fake_temporarily():
-                    module = copy.deepcopy(self.fetch_attr(target))
-                    result = module(*map_aggregate(args, _ones), **map_aggregate(kwargs, _ones))
-            except Exception:
-                raise refusal from None
-            return map_aggregate(result, self._faked)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Record plain numbers and sizes too, which torch before 2.9 leaves out."""
-        result = super().run_node(n)
-        if isinstance(result, (bool, int, float, torch.Size)):
-            n.meta["val"] = result
-        return result
-
-    def _faked(self, value: Any) -> Any:
-        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
-
-
-def _ones(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.ones(value.shape, dtype=value.dtype, device=value.device)
-
-
 @contextmanager
 def keeping_modes(*modules: nn.Module) -> Iterator[None]:
     """Give every submodule its own training flag back afterwards."""
@@ -298,50 +126,175 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def _symbolic_graph(
-    root: nn.Module, leaf_modules: Iterable[LeafModule], supplied: Mapping[str, Any]
-) -> fx.Graph:
-    tracer = Tracer(leaf_modules, supplied)
+def _structure_copy(model: nn.Module) -> nn.Module:
+    """Copies of the modules around the same parameters and buffers."""
+    tensors = (*model.parameters(), *model.buffers())
     try:
-        return tracer.trace(root)
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     except Exception as error:
-        place = _user_line(error)
-        inside = tracer.failed_in
-        module = f"module {inside!r}" if inside else f"the forward of {type(root).__name__} itself"
-        leaf = type(root.get_submodule(inside)).__name__ if inside else None
-        remedy = (
-            f"Keep that module whole with leaf_modules=[{leaf}] (or [{inside!r}]), or "
-            "rewrite the line without control flow on tensor values."
-            if inside
-            else "Rewrite the line without control flow on tensor values, or move it into a "
-            "submodule and keep that whole with leaf_modules=[...]."
-        )
-        raise CaptureError(f"cannot trace {module}{place}: {error} {remedy}") from error
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({error}). rbpfx works on copies of your "
+            "modules so that they stay as they are; detach tensors that the model caches in its "
+            "attributes."
+        ) from error
+
+
+class _Refusal(Exception):
+    """Tracing failed in a module, a function, or (None) the root's own forward."""
+
+    def __init__(self, failed_in: Any, error: CaptureError) -> None:
+        super().__init__(str(error))
+        self.failed_in = failed_in
+        self.error = error
+
+
+def _capture(
+    model: nn.Module, supplied: Mapping[str, Any], leaf_modules: tuple[LeafModule, ...]
+) -> nn.Module:
+    """The graph of a model, with what cannot be traced kept whole and captured inside."""
+    root = _structure_copy(model)
+    kept: dict[str, str] = {}
+    functions: set[Callable[..., Any]] = set()
+    while True:
+        try:
+            gm = _graph_of(root, (*leaf_modules, *kept), functions, supplied)
+            break
+        except _Refusal as refusal:
+            if not kept and not functions:
+                _require_that_it_runs(root, supplied)
+            failed_in = refusal.failed_in
+            if callable(failed_in) and failed_in not in functions:
+                functions.add(failed_in)
+                continue
+            while failed_in in kept:  # kept whole, and still no value: look further out
+                failed_in = failed_in.rpartition(".")[0]
+            if not isinstance(failed_in, str) or not failed_in:
+                return _shell(root, supplied, leaf_modules, refusal.error)
+            kind = type(root.get_submodule(failed_in))
+            alike = [name for name, module in root.named_modules() if type(module) is kind]
+            kept |= dict.fromkeys((failed_in, *filter(None, alike)), str(refusal.error))
+    called = [str(n.target) for n in gm.graph.nodes if n.op == "call_module" and n.target in kept]
+    if called:
+        _look_inside(gm, list(dict.fromkeys(called)), supplied, leaf_modules)
+        for node in gm.graph.nodes:
+            if node.op == "call_module" and node.target in kept:
+                node.meta["kept_whole"] = kept[node.target]
+    note_examples(gm, count_examples(supplied))
+    return gm
+
+
+def _shell(
+    root: nn.Module,
+    supplied: Mapping[str, Any],
+    leaf_modules: tuple[LeafModule, ...],
+    error: CaptureError,
+) -> nn.Module:
+    """A copy of the model that runs its own forward over captured parts."""
+    _look_inside(root, [""], supplied, leaf_modules)
+    parts = captured_parts(root)
+    if not parts:
+        raise error
+    for part in parts.values():
+        note_examples(part, count_examples(supplied))
+    return root
+
+
+def _look_inside(
+    module: nn.Module,
+    opaque: list[str],
+    supplied: Mapping[str, Any],
+    leaf_modules: tuple[LeafModule, ...],
+) -> None:
+    def capture(child: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> nn.Module:
+        return _capture(child, _bound(child, *call), leaf_modules)
+
+    capture_inside(module, opaque, lambda twin: twin(**supplied), capture)
+
+
+def _require_that_it_runs(root: nn.Module, supplied: Mapping[str, Any]) -> None:
+    """Tell inputs that do not fit from code that cannot be traced."""
+    twin = copy.deepcopy(root).eval()
+    try:
+        with torch.no_grad():
+            twin(**supplied)
+    except Exception as error:
+        shapes = tree_map(lambda v: tuple(v.shape) if isinstance(v, Tensor) else v, dict(supplied))
+        raise InputError(f"the model does not run on inputs of shape {shapes}: {error}") from error
+
+
+def _graph_of(
+    model: nn.Module,
+    leaf_modules: tuple[LeafModule, ...],
+    leaf_functions: Iterable[Callable[..., Any]],
+    supplied: Mapping[str, Any],
+) -> fx.GraphModule:
+    """Trace a model in both modes and merge the traces.
+
+    Raises:
+        _Refusal: Something cannot be traced.
+    """
+    root = _structure_copy(model)
+    mode = fake_mode()
+    fakes = {name: fake_inputs(mode, value) for name, value in supplied.items()}
+    graphs: list[fx.Graph] = []
+    for training in (False, True):
+        reference = graphs[0] if graphs else None
+        tracer = ValueTracer(mode, fakes, leaf_modules, leaf_functions, reference)
+        try:
+            graphs.append(tracer.trace(root.train(training)))
+        except Exception as error:
+            explained = _explained(error, tracer.failed_in, root)
+            raise _Refusal(tracer.failed_in, explained) from error
+    in_eval, in_train = graphs
+    try:
+        graph = merge_modes(in_train, in_eval, root)
+    except CaptureError as error:
+        raise _Refusal(None, error) from error
+    for node in graph.nodes:
+        if isinstance(node.type, str):
+            node.type = None  # an annotation that was never evaluated: torch cannot pickle it
+    graph._tracer_cls = GraphTracer
+    gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    gm.graph.lint()
+    return gm
+
+
+def _explained(error: Exception, failed_in: Any, root: nn.Module) -> CaptureError:
+    place = _user_line(error)
+    if failed_in is None:
+        module = f"the forward of {type(root).__name__} itself"
+    elif isinstance(failed_in, str):
+        module = f"module {failed_in!r}"
+    else:
+        module = f"function {failed_in.__name__!r}"
+    leaf = type(root.get_submodule(failed_in)).__name__ if isinstance(failed_in, str) else None
+    remedy = (
+        f"Keep that module whole with leaf_modules=[{leaf}] (or [{failed_in!r}]), or "
+        "rewrite the line without control flow on tensor values."
+        if leaf
+        else "Rewrite the line without control flow on tensor values, or move it into a "
+        "submodule and keep that whole with leaf_modules=[...]."
+    )
+    return CaptureError(f"cannot trace {module}{place}: {error} {remedy}")
 
 
 def _user_line(error: BaseException) -> str:
-    """' at file:line `code`' of the deepest frame outside torch, or ''."""
-    torch_dir = torch.__path__[0]
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(torch_dir) and frame.filename != __file__
-    ]
-    if not frames:
+    """' at file:line `code`' of the deepest frame outside torch and this package, or ''."""
+    own = (str(Path(__file__).parent), torch.__path__[0])
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not frame.filename.startswith(own)]
+    if not users:
         return ""
-    frame = frames[-1]
+    frame = users[-1]
     return f" at {frame.filename}:{frame.lineno} `{frame.line}`"
 
 
 __all__ = [
     "ExampleInputs",
     "LeafModule",
-    "Tracer",
-    "TrainingMode",
     "bind_inputs",
     "call_with",
     "evaluating",
     "keeping_modes",
-    "record_metadata",
     "trace",
 ]

@@ -141,6 +141,7 @@ class _Inserter:
         self.batch = example_batch(gm)
         self.outputs: dict[int, fx.Node] = {}
         self.products: dict[Any, fx.Node] = {}
+        self.read_values: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self.memory = Memory(analysis.gm)
         self.device = _device(gm)
 
@@ -173,7 +174,9 @@ class _Inserter:
             return self.graph.call_module(target, (tensors[0] if per_example else None,))
 
     def _multiply(self, read: Read) -> None:
-        node, source = self.twins[read.node], self.twins[read.source]
+        node = self.twins[read.node]
+        # An operator may read several axes of a value, one after the other.
+        source = self.read_values.get((read.node, read.source), self.twins[read.source])
         key = (source, read.dim, *(id(atoms) for atoms in read.atoms))
         if key not in self.products or self.memory.writes(read.source):
             value = source
@@ -183,8 +186,9 @@ class _Inserter:
                     if multiplier is not None:
                         value = self.graph.call_function(torch.mul, (value, multiplier))
             self.products[key] = value
-        if self.products[key] is not source:
-            node.replace_input_with(source, self.products[key])
+        product = self.read_values[read.node, read.source] = self.products[key]
+        if product is not source:
+            node.replace_input_with(source, product)
 
     def _multiplier(self, atoms: Atoms, read: Read, before: fx.Node) -> fx.Node | None:
         channels = self.analysis.channel[atoms]

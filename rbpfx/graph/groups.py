@@ -6,7 +6,7 @@ a *group*, share one noise vector and are decided together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,10 +18,13 @@ from torch import fx
 from rbpfx.errors import PlanError, RbpfxError
 from rbpfx.graph.propagation import Contraction, Labels, ParameterAxis, Propagation, Read
 from rbpfx.graph.provenance import Atoms, Block, Keep, Label, Solution
+from rbpfx.graph.shuffles import Shuffle, find_shuffles
 from rbpfx.plan import PruningPlan
 
 _HASH_BASE = np.int64(6364136223846793005)
 UNITS = ("channel", "feature")
+ATTENTION_UNITS = ("heads", "positions")
+NORMALIZATIONS = ("freeze", "exact", "sliced")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,9 +78,14 @@ class Analysis:
         groups: The channel groups, in the order in which the network computes them.
         frozen: Producers with channels that stay, and why.
         unknown: Operators without a rule: node name -> operator.
+        inexact: Normalisations over channels that may go, which `rewrite` slices without regard
+            to exactness; there are none unless `normalization="sliced"`.
     """
 
-    def __init__(self, state: Propagation, solution: Solution) -> None:
+    def __init__(
+        self, state: Propagation, solution: Solution, shuffles: Sequence[Shuffle]
+    ) -> None:
+        self.shuffles = tuple(shuffles)
         self.gm: fx.GraphModule = state.gm
         self.reads: list[Read] = state.reads
         self.contractions: list[Contraction] = state.contractions
@@ -90,6 +98,11 @@ class Analysis:
         self.unit_of = np.full(len(self.channel), -1, dtype=np.int64)
         self.groups = self._find_groups(state, solution)
         self.frozen = tuple(self._frozen_axes(state, solution))
+        self.inexact = tuple(
+            name
+            for name, atoms in state.inexact.items()
+            if (self.group_of[self.channel[atoms]] >= 0).any()
+        )
         self._by_name = {group.name: group for group in self.groups}
 
     def __repr__(self) -> str:
@@ -251,7 +264,7 @@ class Analysis:
         batch = example_batch(self.gm)
         for contraction in self.contractions:
             factors = [self.channel[np.concatenate(factor)] for factor in contraction.factors]
-            touched = np.unique(np.concatenate(factors))
+            touched = np.unique(np.concatenate([*factors, self.channel[:0]]))
             left = np.ones(len(touched))
             for channels, factor in zip(factors, contraction.factors, strict=True):
                 count = np.bincount(np.searchsorted(touched, channels), minlength=len(touched))
@@ -267,7 +280,13 @@ class Analysis:
                 yield FrozenAxis(name, len(stay), len(atoms), "; ".join(reasons))
 
 
-def analyze(gm: fx.GraphModule, *, unit: str = "channel") -> Analysis:
+def analyze(
+    gm: fx.GraphModule,
+    *,
+    unit: str = "channel",
+    attention: str = "heads",
+    normalization: str = "freeze",
+) -> Analysis:
     """Find the channel groups of a captured graph.
 
     Args:
@@ -275,27 +294,42 @@ def analyze(gm: fx.GraphModule, *, unit: str = "channel") -> Analysis:
         unit: "channel", or "feature" to make every position of a flattened feature map, where a
             linear layer reads it, a unit of its own beside the channels. Removing one slices the
             linear layer and costs one `index_select`.
+        attention: What a unit of attention is: "heads" for a whole head (a key/value head with
+            all of its query heads), or "positions" for one position of every head, so that all
+            heads stay and become narrower. Where something mixes the positions within a head (a
+            rotary embedding, a normalisation over the head), heads are the units in any case.
+        normalization: What becomes of channels that a LayerNorm, RMSNorm or GroupNorm mixes.
+            "freeze" keeps them. "exact" lets them go: `rewrite` emits a normalisation that
+            divides by the original count of channels, so that removed ones count as zeros.
+            "sliced" lets them go and normalises what is left, which is fast and changes the
+            function: a sliced network then differs from the masked one (see `inexact`).
 
     Returns:
         The analysis: groups, frozen axes with reasons, the coupling graph.
 
     Raises:
-        RbpfxError: The graph has no metadata, or `unit` is none of the two.
+        RbpfxError: The graph has no metadata, or an option has no such value.
         RuleError: An operator rule contradicts the shapes in the graph.
     """
     if unit not in UNITS:
         raise RbpfxError(f"unit must be one of {UNITS}, not {unit!r}")
+    if attention not in ATTENTION_UNITS:
+        raise RbpfxError(f"attention must be one of {ATTENTION_UNITS}, not {attention!r}")
+    if normalization not in NORMALIZATIONS:
+        raise RbpfxError(f"normalization must be one of {NORMALIZATIONS}, not {normalization!r}")
     missing = [n.name for n in gm.graph.nodes if n.op == "placeholder" and "val" not in n.meta]
     if missing:
         raise RbpfxError(
             f"the graph has no tensor metadata on {missing[0]!r}; capture it with rbpfx.trace"
         )
-    state = Propagation(gm, unit).run()
+    state = Propagation(gm, unit, attention, normalization).run()
     solution = state.identities.solve()
-    joint = [block for block in _blocks(state) if len(block.dims) > 1]
+    shuffles = find_shuffles(state)
+    moved = {id(block) for shuffle in shuffles for block in shuffle.blocks}
+    joint = [b for b in _blocks(state) if len(b.dims) > 1 and id(b) not in moved]
     while sum(_make_rectangular(state, solution, block) for block in joint):
         solution = state.identities.solve()
-    return Analysis(state, solution)
+    return Analysis(state, solution, shuffles)
 
 
 def example_batch(gm: fx.GraphModule) -> int:

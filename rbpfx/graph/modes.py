@@ -7,20 +7,24 @@ that differs (auxiliary heads) are chosen at run time by the `TrainingMode` modu
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import Argument, map_arg
 from torch.utils._pytree import tree_leaves
 
 from rbpfx.errors import CaptureError
+from rbpfx.graph.aliasing import storages
 from rbpfx.graph.calls import call_leaf, modifies_in_place
 
 T = TypeVar("T")
 
 MODE_FLAG = "training_mode"
+_BOUNDS = ("start", "stop", "step")
+_OPERATORS = frozenset(f"i{name}" for name in "add sub mul truediv".split()) | {"setitem"}
 _CONSTANT = "_tensor_constant"  # the prefix of torch.fx
 
 
@@ -35,6 +39,18 @@ class TrainingMode(nn.Module):
 def by_mode(training: bool, in_train: T, in_eval: T) -> T:
     """The value for the mode the network is in."""
     return in_train if training else in_eval
+
+
+def in_mode(
+    training: bool, wanted: bool, name: str, target: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """An in-place method (or `operator` function) that only one mode calls; returns `target`."""
+    if training == wanted:
+        if name in _OPERATORS:
+            getattr(operator, name)(target, *args, **kwargs)
+        else:
+            getattr(target, name)(*args, **kwargs)
+    return target
 
 
 def evaluated_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -73,6 +89,7 @@ class _Merger:
         self.root = root
         self.twin: dict[fx.Node, fx.Node] = {}
         self.flag: fx.Node | None = None
+        self.trained = {s for node in train.nodes for s in storages(node)}
         self.place = {node: place for place, node in enumerate(train.nodes)}
         self.last = next(iter(train.nodes))
         self.waiting: dict[Any, list[fx.Node]] = defaultdict(list)
@@ -87,25 +104,44 @@ class _Merger:
                 twin = self.twin[node] = self._find(node) or self._copy(node)
                 if self.place[twin] >= self.place[self.last]:
                     self.last = twin
-        shared = set(self.twin.values())
-        for node in (n for candidates in self.waiting.values() for n in candidates):
-            if node.op != "output" and any(n in shared for n in node.all_input_nodes[:1]):
-                self._refuse_in_place(node)
+        evaluated = {s for node in self.evaluate.nodes for s in storages(node)}
+        for node in [n for candidates in self.waiting.values() for n in candidates]:
+            if node.op != "output":
+                self._confine(node, node, True, evaluated)
         return self.graph
 
     def _find(self, node: fx.Node) -> fx.Node | None:
-        """The node of the train graph that does the same, its constants made to fit both modes."""
+        """The node of the train graph that does the same, its arguments made to fit both modes."""
         candidates = self.waiting[node.op, self._constant(node) or node.target]
         wanted = self._mapped((node.args, node.kwargs))
         match = next((c for c in candidates if (c.args, c.kwargs) == wanted), None)
         if match is None:
             match = next((c for c in candidates if _same_but_constants(c, wanted)), None)
+            match = match or next((c for c in candidates if self._same_but_paths(c, node)), None)
             if match is None:
                 return None
             match.args = self._choose(match.args, wanted[0], match)
             match.kwargs = self._choose(match.kwargs, wanted[1], match)
+            # In eval mode more values share memory (a dropout returns what it gets).
+            match.meta["val"] = node.meta["val"]
         candidates.remove(match)
         return match
+
+    def _same_but_paths(self, candidate: fx.Node, node: fx.Node) -> bool:
+        """Whether the modes differ in how an operator's inputs were computed, nothing else.
+
+        A drop-path module returns its input in eval mode and a product in train mode; what
+        follows is the same operator of the same module on one or the other.
+        """
+        if self.place[candidate] <= self.place[self.last] or not node.all_input_nodes:
+            return False
+        scopes = [list(n.meta.get("nn_module_stack", {"": None}))[-1] for n in (candidate, node)]
+        if scopes[0] != scopes[1]:
+            return False
+        in_train = tree_leaves((candidate.args, candidate.kwargs))
+        in_eval = tree_leaves((node.args, node.kwargs))
+        pairs = list(zip(in_train, in_eval, strict=False))
+        return len(in_train) == len(in_eval) and all(_interchangeable(*pair) for pair in pairs)
 
     def _constant(self, node: fx.Node) -> str | None:
         """The name in the train graph of a tensor that the forward made; each trace makes one."""
@@ -129,21 +165,47 @@ class _Merger:
                     "values in train and in eval mode; keep the module around it whole with "
                     "leaf_modules=[...]."
                 )
-        self._refuse_in_place(node)
         # Where eval mode runs it: an in-place operator that comes later must still come later.
         with self.graph.inserting_after(self.last):
             copy = self.graph.node_copy(node, lambda n: self.twin[n])
         self.place[copy] = self.place[self.last]
-        return copy
+        return self._confine(copy, node, False, self.trained)
 
-    def _refuse_in_place(self, node: fx.Node) -> None:
-        """Both modes run every node, so none may change what the other mode reads."""
-        if modifies_in_place(node, self.root):
+    def _confine(
+        self, node: fx.Node, original: fx.Node, training: bool, others: set[int]
+    ) -> fx.Node:
+        """Make an in-place operator of one mode do nothing in the other, which runs it too.
+
+        Args:
+            node: A node of the merged graph.
+            original: The node of the trace it comes from.
+            training: The mode it belongs to.
+            others: The memory that the other mode uses.
+
+        Returns:
+            The node that stands for it.
+        """
+        targets = original.all_input_nodes[:1]
+        if not modifies_in_place(node, self.root) or not others & {
+            s for target in targets for s in storages(target)
+        }:
+            return node
+        name = str(getattr(node.target, "__name__", node.target))
+        if node.op == "call_module" or not (name in _OPERATORS or hasattr(torch.Tensor, name)):
             raise CaptureError(
                 f"{node.name!r} modifies a value in place in one of train and eval mode only; "
                 "use the operator that returns a new tensor, or keep the module around it whole "
                 "with leaf_modules=[...]."
             )
+        flag = self._mode_flag(node)
+        with self.graph.inserting_before(node):
+            args = (flag, training, name, *node.args)
+            confined = call_leaf(self.graph, in_mode, args, dict(node.kwargs))
+        confined.meta = {**original.meta, **confined.meta}
+        self.place[confined] = self.place[node]
+        node.replace_all_uses_with(confined)
+        self.graph.erase_node(node)
+        return confined
 
     def _merge_output(self, node: fx.Node) -> None:
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
@@ -152,6 +214,7 @@ class _Merger:
             flag = self._mode_flag(output)
             with self.graph.inserting_before(output):
                 chosen = call_leaf(self.graph, by_mode, (flag, output.args[0], in_eval[0]))
+            chosen.meta["val"] = map_arg(in_eval[0], lambda n: n.meta["val"])
             output.args = (chosen,)
 
     def _mapped(self, args: Any) -> Any:
@@ -164,13 +227,18 @@ class _Merger:
         if isinstance(in_train, (tuple, list)):
             pairs = zip(in_train, in_eval, strict=True)
             return type(in_train)(self._choose(t, e, user) for t, e in pairs)
+        if isinstance(in_train, slice):
+            bounds = [(getattr(in_train, k), getattr(in_eval, k)) for k in _BOUNDS]
+            return slice(*(self._choose(t, e, user) for t, e in bounds))
         if in_train == in_eval:
             return in_train
         flag = self._mode_flag(user)
         if in_train is True and in_eval is False:
             return flag
         with self.graph.inserting_before(user):
-            return call_leaf(self.graph, by_mode, (flag, in_train, in_eval))
+            chosen = call_leaf(self.graph, by_mode, (flag, in_train, in_eval))
+        chosen.meta["val"] = in_eval.meta["val"] if isinstance(in_eval, fx.Node) else in_eval
+        return chosen
 
     def _mode_flag(self, user: fx.Node) -> fx.Node:
         if self.flag is None:
@@ -180,7 +248,19 @@ class _Merger:
             first = next(n for n in self.graph.nodes if n.op != "placeholder")
             with self.graph.inserting_before(first):
                 self.flag = self.graph.call_module(MODE_FLAG)
+            self.flag.meta["val"] = False
         return self.flag
+
+
+def _interchangeable(in_train: Any, in_eval: Any) -> bool:
+    """Whether one can stand for the other at run time: constants, or tensors of one shape."""
+    nodes = [isinstance(value, fx.Node) for value in (in_train, in_eval)]
+    if not all(nodes):
+        return not any(nodes)
+    values = [node.meta["val"] for node in (in_train, in_eval)]
+    if all(isinstance(value, Tensor) for value in values):
+        return bool(values[0].shape == values[1].shape)
+    return bool(values[0] == values[1]) and not any(isinstance(v, Tensor) for v in values)
 
 
 def _same_but_constants(node: fx.Node, wanted: Any) -> bool:

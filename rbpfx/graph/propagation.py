@@ -8,7 +8,7 @@ multiply-accumulates).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -68,13 +68,14 @@ class Operand:
     name: str | None
     shape: tuple[int, ...]
     label: Label | None
+    reason: str = "meets an axis that is not followed"
 
     def axis(self, dim: int) -> Atoms:
         """The atoms along an axis."""
         if self.name is not None:
             return self.state.parameter_axis(self.name, dim, self.shape[dim])
         assert self.label is not None
-        return self.state.axis(self.label, dim, "meets an axis that is not followed")
+        return self.state.axis(self.label, dim, self.reason)
 
     def bind(self, dim: int, atoms: Atoms) -> None:
         """Say that an axis is indexed by these channels."""
@@ -90,6 +91,15 @@ class Operand:
         """The parameter axis, if the operand is a parameter."""
         return (self.name, dim) if self.name is not None else None
 
+    def as_label(self) -> Label:
+        """The label of the operand as a value."""
+        if self.label is not None:
+            return self.label
+        sizes = enumerate(self.shape)
+        return Label(
+            self.shape, tuple(Block((dim,), self.axis(dim)) for dim, size in sizes if size > 1)
+        )
+
 
 @dataclass
 class Propagation:
@@ -98,6 +108,8 @@ class Propagation:
     Attributes:
         gm: The graph, with metadata.
         unit: "channel", or "feature" to make flattened features units of their own.
+        attention: "heads" or "positions", what a unit is where heads are contracted.
+        normalization: "freeze", "exact" or "sliced", what becomes of axes that are normalised.
         labels: Node -> label of its value (a tuple for several values, None for no tensor).
         axes: (parameter, dim) -> its atoms.
         features: (parameter, dim) -> atoms of the flattened features that it reads.
@@ -105,10 +117,14 @@ class Propagation:
         unknown: Operators without a rule: node -> operator name.
         uses: How often every parameter is used.
         read_uses: How often every parameter axis meets a contracted axis.
+        inexact: Normalisations that are sliced without regard to exactness: name for users ->
+            the channels they mix.
     """
 
     gm: fx.GraphModule
     unit: str = "channel"
+    attention: str = "heads"
+    normalization: str = "freeze"
     identities: Identities = field(default_factory=Identities)
     labels: dict[fx.Node, Labels] = field(default_factory=dict)
     axes: dict[ParameterAxis, Atoms] = field(default_factory=dict)
@@ -119,6 +135,7 @@ class Propagation:
     unknown: dict[fx.Node, str] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     read_uses: Counter[ParameterAxis] = field(default_factory=Counter)
+    inexact: dict[str, Atoms] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tensors = (
@@ -128,6 +145,9 @@ class Propagation:
         first: dict[int, str] = {}
         self._canonical = {name: first.setdefault(id(t), name) for name, t in tensors}
         self._feature_atoms: dict[tuple[fx.Node, int], Atoms] = {}
+        self._owners: list[ParameterAxis] = []
+        self._starts: list[int] = []
+        self._activations: set[fx.Node] = set()
         self._evaluated = evaluated_nodes(self.gm.graph)
 
     # -- what rules ask -------------------------------------------------------------------
@@ -161,46 +181,74 @@ class Propagation:
                 self.uses[canonical] += 1
                 return Operand(self, canonical, tuple(tensor.shape), None)
             # Computed by a parametrization or hook: no parameter to slice, so it pins.
-            return Operand(self, None, tuple(tensor.shape), Label(tuple(tensor.shape)))
+            shape, reason = tuple(tensor.shape), f"{qualified!r} is computed by a parametrization"
+            return Operand(self, None, shape, Label(shape), reason)
         value = node.args[position] if len(node.args) > position else node.kwargs.get(name)
-        if not isinstance(value, fx.Node):
-            return None
-        return Operand(self, self._attribute(value), shape_of(value), self.label(value))
+        return self.value_operand(value) if isinstance(value, fx.Node) else None
+
+    def value_operand(self, node: fx.Node) -> Operand:
+        """A value of the graph as a weight-like input."""
+        reason = f"meets an axis of {node.name!r} that is not followed"
+        return Operand(self, self._attribute(node), shape_of(node), self.label(node), reason)
 
     def parameter_axis(self, name: str, dim: int, size: int) -> Atoms:
         """Atoms of a parameter's axis, created at its first use."""
         if (name, dim) not in self.axes:
-            self.axes[name, dim] = self.identities.new(size)
+            self.axes[name, dim] = atoms = self.identities.new(size)
+            if size:
+                self._owners.append((name, dim))
+                self._starts.append(int(atoms[0]))
         return self.axes[name, dim]
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Whether a value depends on the inputs of the model, not on its parameters alone."""
+        return node in self._activations
 
     # -- what rules say -------------------------------------------------------------------
 
     def produce(self, node: fx.Node, operand: Operand, dim: int) -> Atoms:
-        """The channels that an operator brings to life, indexed by an axis of its weight."""
+        """The channels that an operator brings to life, indexed by an axis of its weight.
+
+        They are named after the module or the parameter; a weight that is computed from
+        parameters along this axis (a part of one, for example) counts as those parameters.
+        """
         atoms = operand.axis(dim)
-        if operand.name is not None:
-            name = str(node.target) if node.op == "call_module" else operand.name
-            self.producers.setdefault(name, atoms)
+        if node.op == "call_module":
+            born = {str(node.target): atoms}
+        elif operand.name is not None:
+            born = {operand.name: atoms}
+        else:
+            born = self._parameters_of(atoms) or {node.name: atoms}
+        for name, axis in born.items():
+            if not np.array_equal(self.producers.setdefault(name, axis), axis):
+                self.producers[f"{name}[{dim}]"] = axis
         return atoms
+
+    def _parameters_of(self, atoms: Atoms) -> dict[str, Atoms]:
+        """The parameter axes that atoms belong to: name -> all atoms of the axis."""
+        last = np.searchsorted(self._starts, np.unique(atoms), side="right") - 1
+        axes = [self._owners[place] for place in np.unique(last[last >= 0])]
+        owned = {name: self.axes[name, dim] for name, dim in axes}
+        return {name: axis for name, axis in owned.items() if np.isin(axis, atoms).any()}
 
     def read(
         self,
         node: fx.Node,
         source: fx.Node,
         dim: int,
-        operand: Operand,
-        weight_dim: int,
+        operand: Operand | None = None,
+        weight_dim: int = 0,
         *,
         label: Label | None = None,
         split_features: bool = False,
     ) -> tuple[Atoms, ...]:
-        """Record that `node` contracts axis `dim` of `source` with axis `weight_dim` of a weight.
+        """Record that `node` contracts axis `dim` of `source`: a zero there adds nothing.
 
         Args:
             node: The operator.
             source: The value it reads.
             dim: The contracted axis.
-            operand: The weight.
+            operand: The weight that the axis meets, if it meets one.
             weight_dim: The weight's axis.
             label: The label of `source` as the operator sees it; the one it has by default.
             split_features: Whether the positions of a flattened channel may become units.
@@ -211,14 +259,18 @@ class Propagation:
         label = self.label(source) if label is None else label
         dim %= label.ndim
         atoms: tuple[Atoms, ...] = (self.axis(label, dim, _untracked_reason(source)),)
-        axis = operand.parameter_axis(weight_dim)
+        axis = operand.parameter_axis(weight_dim) if operand is not None else None
         may_split = split_features and self.unit == "feature" and axis is not None
         if may_split and axis is not None and len(np.unique(atoms[0])) < len(atoms[0]):
             atoms = (*atoms, self._flattened_features(node, source, dim, axis))
-        self.reads.append(Read(node, source, dim, atoms, axis))
-        if axis is not None:
-            self.read_uses[axis] += 1
+        self.add_read(Read(node, source, dim, atoms, axis))
         return atoms
+
+    def add_read(self, read: Read) -> None:
+        """Record a read."""
+        self.reads.append(read)
+        if read.weight is not None:
+            self.read_uses[read.weight] += 1
 
     def absorbs(self, read: Read) -> bool:
         """Whether a constant multiplier at a read can be folded into the weight there.
@@ -229,15 +281,25 @@ class Propagation:
             return False
         return self.uses[read.weight[0]] == self.read_uses[read.weight]
 
-    def contract(self, node: fx.Node, *factors: tuple[Atoms, ...]) -> None:
+    def contract(
+        self, node: fx.Node, *factors: tuple[Atoms, ...], macs: int | None = None
+    ) -> None:
         """Record what an operator costs, as a function of the shares kept of its axes.
 
         Contracted and produced channels come first. What only train mode runs costs nothing.
+
+        Args:
+            node: The operator.
+            factors: The atoms of its axes.
+            macs: Its multiply-accumulates, or those of a part of it; all that its rule counts by
+                default.
         """
-        rule = find_rule(node, self.gm)
-        assert rule is not None
-        macs = rule.macs(node, self.gm) if node in self._evaluated else 0
-        self.contractions.append(Contraction(node, macs, factors))
+        if macs is None:
+            rule = find_rule(node, self.gm)
+            assert rule is not None
+            macs = rule.macs(node, self.gm)
+        counted = macs if node in self._evaluated else 0
+        self.contractions.append(Contraction(node, counted, factors))
 
     def pin(self, labels: Labels, reason: str) -> None:
         """Pin everything a label follows."""
@@ -267,11 +329,42 @@ class Propagation:
                 self.identities.pin(block.atoms, reason)
         return Label(label.shape, tuple(blocks))
 
+    def unit_axis(self, dims: Sequence[int]) -> int:
+        """Of the axes of a joint block, such as (heads, head_dim), the one that makes units."""
+        return dims[-1] if self.attention == "positions" else dims[0]
+
+    def separate(self, label: Label, contracted: Iterable[int]) -> Label:
+        """Untangle the joint blocks that an operator contracts along some of their axes.
+
+        Of (heads, head_dim) with head_dim contracted, either the head or the position within
+        every head becomes the unit: a head passes through the contraction, a position is read by
+        it.
+
+        Args:
+            label: An operand's label.
+            contracted: The contracted axes.
+
+        Returns:
+            The label with every block over one contracted axis, or over none.
+        """
+        mixed = set(contracted)
+        for block in label.blocks:
+            inside = [d for d in block.dims if d in mixed]
+            outside = [d for d in block.dims if d not in mixed]
+            if not inside or len(block.dims) == 1:
+                continue
+            read = not outside or self.attention == "positions"
+            stay = [self.unit_axis(inside)] if read else outside
+            label = self.collapse(label, set(block.dims) - set(stay), "contracted")
+        return label
+
     # -- the walk -------------------------------------------------------------------------
 
     def run(self) -> Propagation:
         """Visit every node once, in order."""
         for node in self.gm.graph.nodes:
+            if node.op == "placeholder" or not self._activations.isdisjoint(node.all_input_nodes):
+                self._activations.add(node)
             if node.op == "get_attr":
                 self.labels[node] = self._attribute_label(node)
             elif node.op == "output":
@@ -363,15 +456,7 @@ class Propagation:
         if name is None:
             return unfollowed(node)
         self.uses[name] += len(node.users)
-        shape = shape_of(node)
-        return Label(
-            shape,
-            tuple(
-                Block((dim,), self.parameter_axis(name, dim, size))
-                for dim, size in enumerate(shape)
-                if size > 1
-            ),
-        )
+        return Operand(self, name, shape_of(node), None).as_label()
 
     def _flattened_features(
         self, node: fx.Node, source: fx.Node, dim: int, axis: ParameterAxis

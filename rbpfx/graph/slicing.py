@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rbpfx.errors import InputError, PlanError, RuleError
-from rbpfx.graph.capture import record_metadata
+from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.provenance import Atoms, Keep, Label
 from rbpfx.graph.rules.base import find_rule, shape_of
 from rbpfx.plan import PruningPlan
@@ -60,10 +60,14 @@ def rewrite(
         memo[id(_tensor(gm, name))] = tensor
     emitted = copy.deepcopy(gm, memo)
     state = Slicing(gm, emitted, analysis, keep)
+    ragged = [shuffle for shuffle in analysis.shuffles if shuffle.is_ragged(keep)]
+    moved = {node for shuffle in ragged for node in shuffle.nodes}
     for node in analysis.gm.graph.nodes:
         rule = find_rule(node, analysis.gm)
-        if rule is not None:
+        if rule is not None and node not in moved:
             rule.rewrite(node, state)
+    for shuffle in ragged:
+        shuffle.rewrite(state)
     emitted.graph.lint()
     emitted.recompile()
     try:
@@ -189,6 +193,10 @@ class Slicing:
         label = self.labels.get(node)
         return label if isinstance(label, Label) else Label(shape_of(node))
 
+    def is_read(self, node: fx.Node) -> bool:
+        """Whether an operator reads channels."""
+        return node in self._reads
+
     def read_of(self, node: fx.Node) -> Read:
         """The read of an operator that has one."""
         return self._reads[node]
@@ -235,11 +243,34 @@ class Slicing:
             node = self.gm.graph.get_attr(name)
             return self.gm.graph.call_function(torch.index_select, (value, dim, node))
 
+    def widen(self, node: fx.Node, source: fx.Node) -> None:
+        """Let an operator read an operand at its original width.
+
+        Other channels stand in for those that are gone: `narrow` must take them out again.
+        """
+        twin, label = self.twin(node), self.label(source)
+        wide = self.twin(source)
+        for dim in self.changed_sizes(label):
+            place = np.maximum(np.cumsum(self.kept_along(label, dim)) - 1, 0)
+            wide = self.select(twin, wide, dim, place)
+        twin.replace_input_with(self.twin(source), wide)
+
+    def narrow(self, node: fx.Node) -> None:
+        """Take the channels that are gone out of a value that was computed at full width."""
+        twin, label = self.twin(node), self.label(node)
+        users = list(twin.users)
+        narrow = twin
+        for dim in self.changed_sizes(label):
+            narrow = self.select(twin.next, narrow, dim, self.kept_along(label, dim).nonzero()[0])
+        for user in users:
+            user.replace_input_with(twin, narrow)
+        self._twins[node] = narrow
+
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Let another node stand for `node` from here on."""
         old = self._twins[node]
         old.replace_all_uses_with(new)
-        new.meta = dict(old.meta)
+        new.meta = {**old.meta, **new.meta}
         self.gm.graph.erase_node(old)
         self._twins[node] = new
 

@@ -39,11 +39,15 @@ class Compiled:
 
 
 def compile_random(
-    model: nn.Module, inputs: tuple[Tensor, ...], seed: int, unit: str = "channel"
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    seed: int,
+    unit: str = "channel",
+    **options: str,
 ) -> Compiled:
-    """Trace, analyse and prune by a random plan."""
+    """Trace, analyse (with these options) and prune by a random plan."""
     gm = trace(model, inputs)
-    analysis = analyze(gm, unit=unit)
+    analysis = analyze(gm, unit=unit, **options)
     plan = random_plan(analysis, seed)
     return Compiled(gm, analysis, plan, apply_mask(gm, analysis, plan), rewrite(gm, analysis, plan))
 
@@ -120,10 +124,12 @@ def check_close(compiled: Compiled, inputs: tuple[Tensor, ...]) -> None:
     )
 
 
-def check_again(compiled: Compiled, inputs: tuple[Tensor, ...], seed: int, unit: str) -> None:
+def check_again(
+    compiled: Compiled, inputs: tuple[Tensor, ...], seed: int, unit: str, **options: str
+) -> None:
     """The pruned graph is analysed and pruned again."""
     gm = compiled.sliced
-    analysis = analyze(gm, unit=unit)
+    analysis = analyze(gm, unit=unit, **options)
     plan = random_plan(analysis, seed + 1)
     again = Compiled(
         gm, analysis, plan, apply_mask(gm, analysis, plan), rewrite(gm, analysis, plan)

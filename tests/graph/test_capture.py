@@ -16,10 +16,10 @@ from rbpfx.graph.capture import (
     bind_inputs,
     call_with,
     evaluating,
-    record_metadata,
     trace,
 )
 from rbpfx.graph.groups import analyze
+from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.modes import TrainingMode
 from tests.graph.laws import Snapshot
 

@@ -27,7 +27,7 @@ from rbpfx.graph.rules import (
     reduction,
     spatial,
 )
-from tests.graph.generator import OPERATORS, random_inputs, random_program
+from tests.graph.generator import random_inputs, random_program
 from tests.graph.laws import (
     Snapshot,
     assert_close,
@@ -41,6 +41,7 @@ from tests.graph.laws import (
     check_statistics,
     compile_random,
 )
+from tests.graph.operators import OPERATORS
 
 QUICK = range(150)
 MANY = range(1000, 4000)
@@ -50,12 +51,17 @@ def unit_of(seed: int) -> str:
     return "feature" if seed % 2 else "channel"
 
 
+def normalization_of(seed: int) -> str:
+    return "exact" if seed % 3 == 0 else "freeze"
+
+
 def check(seed: int, length: int, *, everything: bool) -> None:
     """The laws on the network of a seed: all of them, or the main ones and a turn of the others."""
     model = random_program(seed, length=length)
     inputs = random_inputs(model)
     user_model = Snapshot.of(model)
-    compiled = compile_random(model, inputs, seed, unit_of(seed))
+    options = {"unit": unit_of(seed), "normalization": normalization_of(seed)}
+    compiled = compile_random(model, inputs, seed, **options)
     graph = Snapshot.of(compiled.gm)
     check_law(compiled, inputs, train=False)
     check_law(compiled, inputs, train=True)
@@ -69,7 +75,7 @@ def check(seed: int, length: int, *, everything: bool) -> None:
     if everything or turn == 2:
         check_close(compiled, inputs)
     if everything or turn == 3:
-        check_again(compiled, inputs, seed, unit_of(seed))
+        check_again(compiled, inputs, seed, **options)
     if everything or turn == 4:
         check_costs(compiled)
         check_pickle(compiled, inputs)

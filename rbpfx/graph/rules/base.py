@@ -9,9 +9,12 @@ spellings of an operator share one rule.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from rbpfx.errors import RuleError
 
 if TYPE_CHECKING:
     from rbpfx.graph.propagation import Labels, Propagation
@@ -31,6 +34,10 @@ class Rule:
         Parameters and buffers bound during `propagate` are sliced already.
         """
 
+    def moves(self, node: fx.Node) -> bool:
+        """Whether the result holds elements of the first argument, moved and nothing else."""
+        return False
+
     def macs(self, node: fx.Node, gm: fx.GraphModule) -> int:
         """Multiply-accumulates of `node` for the whole example batch."""
         return 0
@@ -40,6 +47,7 @@ class Rule:
 _NUMPY_NAMES = {"dim": "axis", "keepdim": "keepdims"}
 _REGISTRY: dict[Hashable, Rule] = {}
 R = TypeVar("R", bound=Rule)
+Operator: TypeAlias = type[nn.Module] | Callable[..., Any] | str
 
 
 def register(rule: R, *operators: Hashable) -> R:
@@ -57,6 +65,46 @@ def register(rule: R, *operators: Hashable) -> R:
     return rule
 
 
+@overload
+def register_rule(operator: Operator, rule: R) -> R: ...
+@overload
+def register_rule(operator: Operator) -> Callable[[type[R]], type[R]]: ...
+def register_rule(operator: Operator, rule: Rule | None = None) -> Any:
+    """Say how an operator of yours treats channels.
+
+    Calls of the operator then stay whole when a model is captured, and this rule speaks for them.
+
+    Args:
+        operator: A module class (subclasses that inherit its `forward` share the rule), a
+            function (marked with `torch.fx.wrap` if it is written in Python), or the name of a
+            tensor method. A rule that exists already is replaced.
+        rule: The rule. Without it, the result decorates a rule class that needs no arguments.
+
+    Returns:
+        The rule, or a decorator that returns the class.
+
+    Raises:
+        RuleError: `operator` or `rule` is of another kind.
+
+    Example:
+        >>> from rbpfx.rules import Elementwise, register_rule
+        >>> class Cube(nn.Module):
+        ...     def forward(self, x: Tensor) -> Tensor:
+        ...         return x**3
+        >>> cube = register_rule(Cube, Elementwise())
+    """
+    if isinstance(operator, nn.Module) or not (isinstance(operator, str) or callable(operator)):
+        raise RuleError(
+            f"a rule is registered for a module class, a function or the name of a tensor method, "
+            f"not for {operator!r}"
+        )
+    if rule is None:
+        return lambda cls: (register_rule(operator, cls()), cls)[1]
+    if not isinstance(rule, Rule):
+        raise RuleError(f"the rule of {operator!r} must be an instance of rbpfx.Rule, not {rule!r}")
+    return register(rule, operator)
+
+
 def find_rule(node: fx.Node, gm: fx.GraphModule) -> Rule | None:
     """The rule of a node: by module class, function or method name.
 
@@ -65,10 +113,19 @@ def find_rule(node: fx.Node, gm: fx.GraphModule) -> Rule | None:
     """
     if node.op != "call_module":
         return _REGISTRY.get(node.target)
-    module = submodule(gm, str(node.target))
+    return rule_of_module(submodule(gm, str(node.target)))
+
+
+def rule_of_module(module: nn.Module) -> Rule | None:
+    """The rule for calls of a module, if there is one."""
     base = next((c for c in type(module).__mro__ if c in _REGISTRY), None)
     inherited = base is not None and getattr(base, "forward", None) is type(module).forward
     return _REGISTRY[base] if inherited and not _has_hooks(module) else None
+
+
+def rule_of_function(function: Callable[..., Any]) -> Rule | None:
+    """The rule for calls of a function, if there is one."""
+    return _REGISTRY.get(function)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -135,6 +192,24 @@ def setting(node: fx.Node, gm: fx.GraphModule, position: int, name: str, default
 def value_of(argument: Any) -> Any:
     """The example value of an argument: a node's metadata, anything else as it is."""
     return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+
+
+def call_on(node: fx.Node, gm: fx.GraphModule, value: Tensor) -> Any:
+    """What the operator of a node gives for another first argument, with its other arguments."""
+    module = module_of(node, gm)
+    if module is not None:
+        return module(value)
+    args = _evaluated(node.args[1:])
+    kwargs = {k: a for k, a in _evaluated(node.kwargs).items() if k != "input"}
+    if node.op == "call_method":
+        return getattr(value, str(node.target))(*args, **kwargs)
+    assert callable(node.target)
+    return node.target(value, *args, **kwargs)
+
+
+def _evaluated(arguments: Any) -> Any:
+    """Arguments with example values for nodes."""
+    return map_aggregate(arguments, value_of)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

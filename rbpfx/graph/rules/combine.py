@@ -16,10 +16,16 @@ from rbpfx.graph.provenance import Block, Label
 from rbpfx.graph.rules.base import Rule, argument, register, shape_of, value_of
 
 
-def broadcast(state: Propagation, labels: Sequence[Label], shape: Sequence[int]) -> Label:
+def broadcast(
+    state: Propagation,
+    labels: Sequence[Label],
+    shape: Sequence[int],
+    reason: str = "element-wise with a value that is not followed",
+) -> Label:
     """Label of an element-wise combination: channels that meet become one channel."""
     ndim = len(shape)
     merged: list[Block] = []
+    ended: set[int] = set()
     for label in labels:
         offset = ndim - label.ndim
         where = {d: d + offset for d in range(label.ndim)}
@@ -27,16 +33,18 @@ def broadcast(state: Propagation, labels: Sequence[Label], shape: Sequence[int])
             if any(shape[d] != n for d, n in zip(block.dims, block.atoms.shape, strict=True)):
                 state.identities.pin(block.atoms, "a single channel broadcast to many")
                 continue
-            merged = _merge(state, merged, block)
+            merged = _merge(state, merged, block, ended)
     whole = {
         d for block in merged for d in block.dims if any(_is_whole(x, d, ndim) for x in labels)
     }
-    result = Label(tuple(shape), tuple(merged))
-    return state.collapse(result, whole, "element-wise with a value that is not followed")
+    return state.collapse(Label(tuple(shape), tuple(merged)), whole | ended, reason)
 
 
-def _merge(state: Propagation, blocks: list[Block], new: Block) -> list[Block]:
-    """Add a block; tie it to every block that shares an axis and keep their common axes."""
+def _merge(state: Propagation, blocks: list[Block], new: Block, ended: set[int]) -> list[Block]:
+    """Add a block; tie it to every block that shares an axis and keep their common axes.
+
+    Along the other axes they are tied now: these join `ended`, as no block may follow them.
+    """
     apart = []
     for block in blocks:
         common = tuple(d for d in new.dims if d in block.dims)
@@ -45,6 +53,7 @@ def _merge(state: Propagation, blocks: list[Block], new: Block) -> list[Block]:
             continue
         dims = sorted({*block.dims, *new.dims})
         state.identities.tie(block.aligned(dims), new.aligned(dims))
+        ended.update(set(dims) - set(common))
         index = tuple(slice(None) if d in common else 0 for d in new.dims)
         new = Block(common, new.atoms[index])
     return [*apart, new]
@@ -62,16 +71,44 @@ class Combine(Rule):
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Tie the operands' channels together, index by index."""
         if not isinstance(node.meta.get("val"), Tensor):
+            for source in node.all_input_nodes:
+                state.pin(state.labels.get(source), f"{node.name!r} gives no tensor")
             return unfollowed(node)
         operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-        return broadcast(state, [state.label(n) for n in operands], shape_of(node))
+        labels = [state.label(n) for n in operands]
+        values = [x for x, n in zip(labels, operands, strict=True) if state.is_activation(n)]
+        tables = [x for x, n in zip(labels, operands, strict=True) if not state.is_activation(n)]
+        tables = [_without_minor_axes(state, table, values) for table in tables]
+        return broadcast(state, [*values, *tables], shape_of(node))
+
+
+def _without_minor_axes(state: Propagation, table: Label, values: list[Label]) -> Label:
+    """A value made of parameters alone, pinned where it would end the units of an activation.
+
+    A rotary embedding has one entry per position of a head: along (heads, head_dim) it would
+    tie the heads together where heads are the units.
+    """
+    joint = [
+        [d - label.ndim for d in block.dims]
+        for label in values
+        for block in label.blocks
+        if len(block.dims) > 1
+    ]
+    minor = {d for dims in joint for d in dims if d != state.unit_axis(dims)}
+    ended = {d + table.ndim for d in minor if d + table.ndim >= 0}
+    return state.collapse(table, ended, "a table over the positions of a unit")
 
 
 class ByMode(Rule):
-    """The run-time choice between the results of train and of eval mode."""
+    """The run-time choice between a value of train and a value of eval mode."""
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
-        """Results of the model stay whole."""
+        """Tie the two together, channel by channel; (nested) results of the model stay whole."""
+        choices = node.args[1:]
+        values = [value_of(choice) for choice in choices]
+        if all(isinstance(value, Tensor) and value.shape == values[0].shape for value in values):
+            labels = [state.label(n) for n in choices if isinstance(n, fx.Node)]
+            return broadcast(state, labels, shape_of(node))
         for source in node.all_input_nodes:
             state.pin(state.labels.get(source), "output of the model, chosen by mode")
         return unfollowed(node)
@@ -132,7 +169,8 @@ def _with(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
 _FUNCTIONS = (
     "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod "
     "maximum minimum pow where atan2 lerp addcmul addcdiv eq ne lt le gt ge "
-    "logical_and logical_or logical_xor masked_fill clamp clamp_min clamp_max clip expand_as"
+    "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor logaddexp hypot xlogy "
+    "masked_fill clamp clamp_min clamp_max clip expand_as copy fmax fmin copysign"
 ).split()
 COMBINE = register(Combine())
 for _name in _FUNCTIONS:
@@ -145,7 +183,7 @@ for _name in _FUNCTIONS:
 for _name in "add sub mul truediv floordiv mod pow".split():
     register(COMBINE, getattr(operator, _name))
     register(COMBINE, getattr(operator, f"i{_name}"))
-register(COMBINE, *(getattr(operator, _name) for _name in "eq ne lt le gt ge".split()))
+register(COMBINE, *(getattr(operator, _name) for _name in "eq ne lt le gt ge and_ or_ xor".split()))
 register(ByMode(), by_mode)
 register(Concatenate(), torch.cat, torch.concat, torch.concatenate)
 register(Stack(), torch.stack)

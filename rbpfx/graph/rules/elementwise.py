@@ -25,6 +25,7 @@ from rbpfx.graph.rules.base import (
     value_of,
 )
 from rbpfx.graph.slicing import Slicing
+from rbpfx.graph.values import assume, length, rounded
 
 
 class Elementwise(Rule):
@@ -35,6 +36,14 @@ class Elementwise(Rule):
         if not isinstance(node.meta.get("val"), Tensor):
             return unfollowed(node)
         return Label(shape_of(node), state.label(tensor_input(node)).blocks)
+
+
+class Copy(Elementwise):
+    """The result has the elements of the input."""
+
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving."""
+        return True
 
 
 class PReLU(Rule):
@@ -63,9 +72,17 @@ class Glimpse(Rule):
     """Questions about a tensor that no channel's value answers: shape, dtype, device, ..."""
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
-        """Nothing is followed; `getattr` of anything else pins."""
-        if node.target is getattr and isinstance(node.meta.get("val"), Tensor):
-            state.pin(state.labels.get(tensor_input(node)), f"attribute {node.args[1]!r}")
+        """Nothing is followed, but the tensors that are attributes of a tensor."""
+        if node.target is not getattr or not isinstance(node.meta.get("val"), Tensor):
+            return unfollowed(node)
+        label, name = state.label(tensor_input(node)), node.args[1]
+        if name == "data":
+            return label
+        if name in ("T", "H"):
+            return label.permuted([*reversed(range(label.ndim))])
+        if name in ("mT", "mH"):
+            return label.permuted([*range(label.ndim - 2), -1, -2])
+        state.pin(label, f"attribute {name!r}")
         return unfollowed(node)
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
@@ -111,7 +128,7 @@ def _restore_sizes(user: fx.Node, node: fx.Node, original: dict[int, int], state
 _MODULES = (
     "ReLU ReLU6 LeakyReLU RReLU ELU SELU CELU GELU SiLU Mish Hardswish Hardsigmoid Hardtanh "
     "Sigmoid Tanh Softplus Softsign Tanhshrink Hardshrink Softshrink LogSigmoid Threshold "
-    "Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout"
+    "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout"
 ).split()
 _FUNCTIONS = (
     "relu relu_ relu6 leaky_relu leaky_relu_ rrelu rrelu_ elu elu_ selu selu_ celu celu_ gelu "
@@ -120,8 +137,8 @@ _FUNCTIONS = (
     "dropout3d alpha_dropout feature_alpha_dropout dropout_ alpha_dropout_ feature_dropout "
     "abs abs_ neg neg_ negative exp exp_ log log_ log1p expm1 sqrt sqrt_ rsqrt square sign sin cos "
     "erf reciprocal sigmoid_ tanh_ floor ceil round "
-    "nan_to_num logical_not isnan clone detach zeros_like ones_like full_like rand_like "
-    "contiguous to type type_as float double half bfloat16 int long bool cpu cuda "
+    "nan_to_num logical_not isnan zeros_like ones_like full_like rand_like "
+    "to type type_as float double half bfloat16 int long bool cpu cuda "
     "requires_grad_ zero_"
 ).split()
 ELEMENTWISE = register(Elementwise(), *(getattr(nn, name) for name in _MODULES))
@@ -131,9 +148,10 @@ for _name in _FUNCTIONS:
             register(ELEMENTWISE, getattr(_home, _name))
     if hasattr(Tensor, _name):
         register(ELEMENTWISE, _name)
+register(Copy(), nn.Identity, torch.clone, torch.detach, "clone", "detach", "contiguous")
 register(ELEMENTWISE, operator.neg, operator.abs, operator.pos)
 # Stochastic depth drops whole rows or the whole batch, never single channels.
 register(ELEMENTWISE, stochastic_depth, StochasticDepth)
 register(PReLU(), nn.PReLU, F.prelu, torch.prelu, "prelu")
 register(Glimpse(), "size", "dim", "is_floating_point", "get_device")
-register(Glimpse(), getattr)
+register(Glimpse(), getattr, length, rounded, assume)

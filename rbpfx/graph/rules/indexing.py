@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rbpfx.graph.propagation import Labels, Propagation, unfollowed
@@ -22,11 +22,36 @@ from rbpfx.graph.rules.base import (
     tensor_input,
     value_of,
 )
+from rbpfx.graph.rules.combine import broadcast
+from rbpfx.graph.rules.gathering import (
+    index_items,
+    pick_by_tensors,
+    select_by_tensors,
+    written_out,
+)
 from rbpfx.graph.slicing import Slicing
+
+
+def pick(state: Propagation, label: Label, dim: int, index: int, reason: str) -> Label:
+    """Label of one index of an axis: a channel picked by its number stays.
+
+    Where the axis is followed jointly with others, as the three of a stacked (qkv, heads,
+    head_dim) projection, it is tied along the axis instead.
+    """
+    block = label.block(dim)
+    if block is not None and len(block.dims) > 1:
+        label = state.collapse(label, {dim % label.ndim}, reason)
+    elif block is not None:
+        state.identities.pin(block.atoms[[index]], reason)
+    return label.indexed(dim, index)
 
 
 class GetItem(Rule):
     """`x[...]` with ints, slices, None and Ellipsis; also picks from tuples of tensors."""
+
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving."""
+        return True
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Index the atoms like the data; a channel picked by an int stays."""
@@ -37,89 +62,130 @@ class GetItem(Rule):
             return labels[index] if isinstance(index, (int, slice)) else unfollowed(node)
         if not isinstance(labels, Label):
             return unfollowed(node)
-        items = _items(node.args[1], labels.ndim)
+        items = index_items(node.args[1], labels.ndim)
         if items is None:
-            state.pin(labels, f"advanced indexing ({node.name!r})")
-            for other in node.all_input_nodes:
-                state.pin(state.labels.get(other), f"used as an index ({node.name!r})")
-            return unfollowed(node)
-        label, dim = labels, 0
-        for item in items:
-            if item is None:
-                label = label.unsqueezed(dim)
-            elif isinstance(item, int):
-                block = label.block(dim)
-                if block is not None:
-                    picked = block.atoms.take([item], axis=block.dims.index(dim))
-                    state.identities.pin(picked, f"picked by its number ({node.name!r})")
-                label = label.indexed(dim, item)
-                continue
-            elif item != slice(None):
-                label = label.indexed(dim, item)
-            dim += 1
-        return label
+            return pick_by_tensors(node, state, labels)
+        return _indexed(node, state, labels, items)
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
         """Write the new bounds; positions that are no range any more become an index_select."""
         label = state.labels.get(tensor_input(node))
         if not isinstance(label, Label) or not state.changed_sizes(label):
             return
-        items = _items(node.args[1], label.ndim)
-        assert items is not None
+        items = index_items(node.args[1], label.ndim)
+        if items is None:
+            select_by_tensors(node, state)
+            return
         twin = state.twin(node)
-        given = twin.args[1] if isinstance(twin.args[1], tuple) else (twin.args[1],)
-        written = _filled(given, label.ndim)
-        source_dim, selections = 0, []
-        for position, item in enumerate(items):
-            if item is None:
-                continue
-            keep = state.kept_along(label, source_dim)
-            if not keep.all():
-                place = np.cumsum(keep) - 1
-                if isinstance(item, int):
-                    written[position] = int(place[item])
-                elif item != slice(None):
-                    wanted = np.arange(len(keep))[item]
-                    chosen = place[wanted[keep[wanted]]]
-                    if (np.diff(chosen) == 1).all():
-                        first = int(chosen[0]) if len(chosen) else 0
-                        written[position] = slice(first, first + len(chosen))
-                    else:
-                        written[position] = slice(None)
-                        selections.append((source_dim, chosen))
-            source_dim += 1
+        written, selections = _rewritten(items, twin, label, state)
         source = tensor_input(twin)
         for dim, chosen in selections:
             source = state.select(twin, source, dim, chosen)
         twin.args = (source, tuple(written))
 
 
-def _filled(index: Any, ndim: int) -> list[Any]:
-    """An index written out: no Ellipsis, one entry per axis and per None."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    used = sum(item is not None and item is not Ellipsis for item in items)
-    rest = [slice(None)] * (ndim - used)
-    places = [i for i, item in enumerate(items) if item is Ellipsis]
-    if places:
-        return [*items[: places[0]], *rest, *items[places[0] + 1 :]]
-    return [*items, *rest]
+def _indexed(
+    node: fx.Node, state: Propagation, label: Label, items: list[int | slice | None]
+) -> Label:
+    """Label of a tensor indexed by ints, slices and None."""
+    dim = 0
+    for item in items:
+        if item is None:
+            label = label.unsqueezed(dim)
+        elif isinstance(item, int):
+            label = picked(node, state, label, dim, item).indexed(dim, item)
+            continue
+        elif item != slice(None):
+            label = label.indexed(dim, item)
+        dim += 1
+    return label
 
 
-def _items(index: Any, ndim: int) -> list[int | slice | None] | None:
-    """The index with example values for nodes; None if it indexes by tensors or lists."""
-    items: list[int | slice | None] = []
-    for item in _filled(index, ndim):
-        value = value_of(item)
-        if isinstance(item, slice):
-            value = slice(value_of(item.start), value_of(item.stop), value_of(item.step))
-        if isinstance(value, bool) or not (value is None or isinstance(value, (int, slice))):
+def picked(node: fx.Node, state: Propagation, label: Label, dim: int, *indices: int) -> Label:
+    """The label before some indices are picked by their number, so that they must stay.
+
+    Of a joint block the axis must stay as a whole: it is tied along it (the heads of queries, keys
+    and values that are one tensor, for example).
+    """
+    block = label.block(dim)
+    if block is None:
+        return label
+    reason = f"picked by its number ({node.name!r})"
+    if len(block.dims) > 1:
+        return state.collapse(label, {dim % label.ndim}, reason)
+    state.identities.pin(block.atoms[list(indices)], reason)
+    return label
+
+
+def _rewritten(
+    items: list[int | slice | None], twin: fx.Node, label: Label, state: Slicing
+) -> tuple[list[Any], list[tuple[int, Atoms]]]:
+    """An index after channels have gone: its entries, and selections that come before it."""
+    index = twin.args[1]
+    written = written_out(index if isinstance(index, tuple) else (index,), label.ndim)
+    source_dim, selections = 0, []
+    for position, item in enumerate(items):
+        if item is None:
+            continue
+        keep = state.kept_along(label, source_dim)
+        if not keep.all():
+            place = np.cumsum(keep) - 1
+            if isinstance(item, int):
+                written[position] = int(place[item])
+            elif item != slice(None):
+                wanted = np.arange(len(keep))[item]
+                chosen = place[wanted[keep[wanted]]]
+                if (np.diff(chosen) == 1).all():
+                    first = int(chosen[0]) if len(chosen) else 0
+                    written[position] = slice(first, first + len(chosen))
+                else:
+                    written[position] = slice(None)
+                    selections.append((source_dim, chosen))
+        source_dim += 1
+    return written, selections
+
+
+class SetItem(Rule):
+    """`x[...] = y` with ints, slices, None and Ellipsis."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Tie what is written to what it is written into."""
+        target, value = tensor_input(node), node.args[2]
+        label = state.labels.get(target)
+        if not isinstance(label, Label):
             return None
-        items.append(value)
-    return items
+        items = index_items(node.args[1], label.ndim)
+        if items is None or not all(_is_range(item) for item in items):
+            for source in node.all_input_nodes:
+                state.pin(state.labels.get(source), f"written by positions ({node.name!r})")
+            return None
+        region = _indexed(node, state, label, items)
+        if isinstance(value, fx.Node) and isinstance(value.meta["val"], Tensor):
+            broadcast(state, [region, state.label(value)], region.shape)
+        return None
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Write the new bounds."""
+        label = state.labels.get(tensor_input(node))
+        if not isinstance(label, Label) or not state.changed_sizes(label):
+            return
+        items = index_items(node.args[1], label.ndim)
+        if items is not None:
+            twin = state.twin(node)
+            written, _ = _rewritten(items, twin, label, state)
+            twin.update_arg(1, tuple(written))
+
+
+def _is_range(item: int | slice | None) -> bool:
+    return not isinstance(item, slice) or item.step in (None, 1)
 
 
 class Narrow(Rule):
     """`narrow(dim, start, length)`: a slice."""
+
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving."""
+        return True
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Index the atoms like the data."""
@@ -151,6 +217,10 @@ class Narrow(Rule):
 class Split(Rule):
     """chunk, split, tensor_split, unbind-free: an axis falls into consecutive parts."""
 
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving."""
+        return True
+
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Give every part its atoms."""
         label = state.label(tensor_input(node))
@@ -180,6 +250,40 @@ class Split(Rule):
 
     def _dim(self, node: fx.Node) -> int:
         return int(value_of(argument(node, 2, "dim", 0)))
+
+
+class Select(Rule):
+    """`select`: one index of an axis, which ends."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Index the atoms like the data; a channel picked by an int stays."""
+        label, dim, index = self._place(node, state)
+        return picked(node, state, label, dim, index).indexed(dim, index)
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Write the new index."""
+        label, dim, index = self._place(node, state)
+        keep = state.kept_along(label, dim)
+        if not keep.all():
+            twin = state.twin(node)
+            twin.args = (tensor_input(twin), dim, int(keep[:index].sum()))
+            twin.kwargs = {}
+
+    def _place(self, node: fx.Node, state: Propagation | Slicing) -> tuple[Label, int, int]:
+        label = state.label(tensor_input(node))
+        dim = int(value_of(argument(node, 1, "dim"))) % label.ndim
+        return label, dim, int(value_of(argument(node, 2, "index"))) % label.shape[dim]
+
+
+class Unbind(Rule):
+    """`unbind`: every index of an axis, which ends; channels along it stay."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Index the atoms like the data."""
+        label = state.label(tensor_input(node))
+        dim = int(value_of(argument(node, 1, "dim", 0))) % label.ndim
+        label = picked(node, state, label, dim, *range(label.shape[dim]))
+        return tuple(label.indexed(dim, index) for index in range(label.shape[dim]))
 
 
 class Pad(Rule):
@@ -256,48 +360,13 @@ def _is_constant(node: fx.Node, gm: fx.GraphModule) -> bool:
     return isinstance(module, (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d))
 
 
-class IndexSelect(Rule):
-    """`index_select` with positions that are a buffer, as `rewrite` itself emits it."""
-
-    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
-        """Index the atoms like the data."""
-        label = state.label(tensor_input(node))
-        positions = self._positions(node, state.gm)
-        if positions is None:
-            state.pin(label, f"selection by computed positions ({node.name!r})")
-            return unfollowed(node)
-        return label.indexed(_select_dim(node), positions)
-
-    def rewrite(self, node: fx.Node, state: Slicing) -> None:
-        """Select the positions that are left."""
-        dim = _select_dim(node)
-        keep = state.kept_along(state.label(tensor_input(node)), dim)
-        if keep.all():
-            return
-        wanted = self._positions(node, state.source)
-        assert wanted is not None
-        twin = state.twin(node)
-        place = np.cumsum(keep) - 1
-        chosen = place[wanted[keep[wanted]]]
-        state.replace(node, state.select(twin, tensor_input(twin), dim, chosen))
-
-    def _positions(self, node: fx.Node, gm: fx.GraphModule) -> Atoms | None:
-        index = argument(node, 2, "index")
-        buffers = dict(gm.named_buffers(remove_duplicate=False))
-        if not isinstance(index, fx.Node) or index.op != "get_attr":
-            return None
-        buffer = buffers.get(str(index.target))
-        return None if buffer is None else buffer.detach().cpu().numpy().astype(np.int64).ravel()
-
-
-def _select_dim(node: fx.Node) -> int:
-    return int(value_of(argument(node, 1, "dim")))
-
-
+register(SetItem(), operator.setitem)
+register(Select(), torch.select, "select")
+register(Unbind(), torch.unbind, "unbind")
 register(GetItem(), operator.getitem)
 register(Narrow(), torch.narrow, "narrow")
-register(Split(), torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
-register(IndexSelect(), torch.index_select, "index_select")
+_SPLITS = "chunk split split_with_sizes tensor_split".split()
+register(Split(), *_SPLITS, *(getattr(torch, name) for name in _SPLITS))
 register(Pad(), F.pad)
 for _n in (1, 2, 3):
     for _kind in ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad"):

@@ -24,7 +24,8 @@ class Linear(Rule):
         assert weight is not None
         label = state.label(source)
         last = label.ndim - 1
-        inputs = state.read(node, source, last, weight, 1, split_features=True)
+        label = state.separate(label, (last,))
+        inputs = state.read(node, source, last, weight, 1, label=label, split_features=True)
         weight.bind(1, inputs[0])
         outputs = state.produce(node, weight, 0)
         if bias is not None:

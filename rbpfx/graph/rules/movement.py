@@ -16,6 +16,7 @@ from rbpfx.graph.provenance import Atoms, Block, Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
+    call_on,
     register,
     setting,
     shape_of,
@@ -32,24 +33,58 @@ def reshape(state: Propagation, label: Label, shape: Sequence[int], reason: str)
     The axes fall into runs of equal size before and after; within a run, atoms are reshaped like
     the data. Where two followed axes fall into one run no single identity is left: they pin.
     """
-    blocks: list[Block] = []
-    for old, new in _runs(label.shape, tuple(shape)):
-        inside = [b for b in label.blocks if set(b.dims) & set(old)]
-        if not inside and state.unit == "feature" and len(new) == 1 < len(old) and new != [0]:
-            blocks.append(Block((new[0],), _one_channel(state, shape[new[0]])))
+    runs = _runs(label.shape, tuple(shape))
+    for old, _ in runs:
+        label = _merged_with_unfollowed(state, label, old, reason)
+    blocks = [] if state.unit == "channel" else _flattened_channels(state, label, shape, runs)
+    for block in label.blocks:
+        touched = [run for run in runs if set(run[0]) & set(block.dims)]
+        old = [d for before, _ in touched for d in before]
+        new = [d for _, after in touched for d in after]
+        if any(set(old) & set(other.dims) for other in label.blocks if other is not block):
+            state.identities.pin(block.atoms, f"{reason} mixes followed axes")
             continue
-        if len(inside) != 1 or not set(inside[0].dims) <= set(old):
-            state.pin(Label(label.shape, tuple(inside)), f"{reason} mixes followed axes")
-            continue
-        full = np.broadcast_to(inside[0].aligned(old), [label.shape[d] for d in old])
+        full = np.broadcast_to(block.aligned(old), [label.shape[d] for d in old])
         atoms = full.reshape([shape[d] for d in new])
         varies = [a for a in range(atoms.ndim) if (atoms != atoms.take([0], axis=a)).any()]
         if varies:
             index = tuple(slice(None) if a in varies else 0 for a in range(atoms.ndim))
             blocks.append(Block(tuple(new[a] for a in varies), atoms[index]))
         else:
-            state.identities.pin(inside[0].atoms, "only one channel")
+            state.identities.pin(block.atoms, "only one channel")
     return Label(tuple(shape), tuple(blocks))
+
+
+def _merged_with_unfollowed(
+    state: Propagation, label: Label, old: Sequence[int], reason: str
+) -> Label:
+    """End joint blocks along axes of a run that a reshape merges with axes not followed.
+
+    In a pixel shuffle by views, for example, the channels stay and their subpixels end. Heads do
+    not end where they become examples, or are followed by their own copies.
+    """
+    inside = [d for block in label.blocks for d in block.dims if d in old]
+    others = [d for d in old if d not in inside and label.shape[d] > 1]
+    if not inside or not others or 0 in old or min(inside) < min(others):
+        return label
+    straddling = [b for b in label.blocks if set(b.dims) & set(old) and not set(b.dims) <= set(old)]
+    dims = {d for block in straddling for d in block.dims if d in old}
+    return state.collapse(label, dims, f"{reason} merges followed axes with others")
+
+
+def _flattened_channels(
+    state: Propagation,
+    label: Label,
+    shape: Sequence[int],
+    runs: Sequence[tuple[list[int], list[int]]],
+) -> list[Block]:
+    """Axes that flatten several axes, none of them followed: one channel each, of many features."""
+    followed = {d for block in label.blocks for d in block.dims}
+    return [
+        Block((new[0],), _one_channel(state, shape[new[0]]))
+        for old, new in runs
+        if not followed & set(old) and len(new) == 1 < len(old) and new != [0]
+    ]
 
 
 def _one_channel(state: Propagation, size: int) -> Atoms:
@@ -86,6 +121,10 @@ def _runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[
 class Reshape(Rule):
     """reshape, view: the sizes of followed axes in the call are rewritten."""
 
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving, unless it reads the memory as another dtype."""
+        return not isinstance(value_of(argument(node, 1, "dtype")), torch.dtype)
+
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Reshape the atoms like the data."""
         label = state.label(tensor_input(node))
@@ -101,26 +140,27 @@ class Reshape(Rule):
         if not new_sizes:
             return
         twin = state.twin(node)
-        sizes = self._sizes(twin, node, state)
+        given = twin.args[1:] or (twin.kwargs.get("shape", twin.kwargs.get("size")),)
+        sizes = sizes_of(given, twin, label.ndim, state)
         for dim, size in new_sizes.items():
             sizes[dim] = _rescaled(sizes[dim], size, label.shape[dim], twin, state)
         twin.args = (tensor_input(twin), tuple(sizes))
         twin.kwargs = {}
 
-    def _sizes(self, twin: fx.Node, node: fx.Node, state: Slicing) -> list[Any]:
-        """The sizes a call asks for, one per axis: numbers or nodes."""
-        given = twin.args[1:] or (twin.kwargs.get("shape", twin.kwargs.get("size")),)
-        if len(given) == 1 and isinstance(given[0], (tuple, list)):
-            return list(given[0])
-        if len(given) == 1 and isinstance(given[0], fx.Node):
-            if isinstance(value_of(given[0]), int):
-                return [given[0]]
-            with state.gm.graph.inserting_before(twin):
-                return [
-                    state.gm.graph.call_function(operator.getitem, (given[0], dim))
-                    for dim in range(len(shape_of(node)))
-                ]
-        return list(given)
+
+def sizes_of(given: Sequence[Any], twin: fx.Node, ndim: int, state: Slicing) -> list[Any]:
+    """The sizes that a call is given, one per axis: numbers or nodes."""
+    if len(given) == 1 and isinstance(given[0], (tuple, list)):
+        return list(given[0])
+    if len(given) == 1 and isinstance(given[0], fx.Node):
+        if isinstance(value_of(given[0]), int):
+            return [given[0]]
+        with state.gm.graph.inserting_before(twin):
+            return [
+                state.gm.graph.call_function(operator.getitem, (given[0], dim))
+                for dim in range(ndim)
+            ]
+    return list(given)
 
 
 def _rescaled(given: Any, new: int, old: int, twin: fx.Node, state: Slicing) -> Any:
@@ -136,8 +176,39 @@ def _rescaled(given: Any, new: int, old: int, twin: fx.Node, state: Slicing) -> 
         return state.gm.graph.call_function(operator.floordiv, (product, old // factor))
 
 
+class ReshapeAs(Rule):
+    """reshape_as, view_as: a reshape to the sizes of a tensor that may shrink otherwise."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Reshape the atoms like the data."""
+        label = state.label(tensor_input(node))
+        return reshape(state, label, shape_of(node), f"reshape {node.name!r}")
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Name the sizes where those of the other tensor are not the right ones any more."""
+        label, other = state.label(node), state.label(argument(node, 1, "other"))
+        own, others = state.changed_sizes(label), state.changed_sizes(other)
+        if own == others:
+            return
+        twin = state.twin(node)
+        graph = state.gm.graph
+        with graph.inserting_before(twin):
+            sizes = [
+                own.get(d, label.shape[d])
+                if d in own or d in others
+                else graph.call_method("size", (argument(twin, 1, "other"), d))
+                for d in range(label.ndim)
+            ]
+            reshaped = graph.call_method("reshape", (tensor_input(twin), tuple(sizes)))
+        state.replace(node, reshaped)
+
+
 class Flatten(Rule):
     """flatten, and unflatten with its sizes: a reshape that names axes."""
+
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving."""
+        return True
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Reshape the atoms like the data."""
@@ -173,23 +244,25 @@ class Unflatten(Flatten):
 class Permute(Rule):
     """permute, transpose, movedim, ...: reads the permutation off strides."""
 
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving."""
+        return True
+
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Move the atoms like the data."""
         label = state.label(tensor_input(node))
         # Running the very operator on a probe whose sizes are distinct gives the permutation
         # of every spelling, without parsing any.
-        probe = torch.empty(tuple(range(2, 2 + label.ndim)), device="meta")
-        args = (probe, *node.args[1:])
-        if node.op == "call_method":
-            moved = getattr(probe, str(node.target))(*args[1:], **node.kwargs)
-        else:
-            kwargs = {k: v for k, v in node.kwargs.items() if k != "input"}
-            moved = node.target(*args, **kwargs)  # type: ignore[operator]
+        moved = call_on(node, state.gm, torch.empty([*range(2, 2 + label.ndim)], device="meta"))
         return label.permuted([size - 2 for size in moved.shape])
 
 
 class Squeeze(Rule):
     """squeeze: axes of size one end."""
+
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving."""
+        return True
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Drop the squeezed axes."""
@@ -221,6 +294,10 @@ def _squeezed(node: fx.Node, label: Label) -> tuple[int, ...]:
 class Unsqueeze(Rule):
     """unsqueeze: a new axis of size one."""
 
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving."""
+        return True
+
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Insert the axis."""
         dim = argument(node, 1, "dim")
@@ -230,12 +307,17 @@ class Unsqueeze(Rule):
 class Expand(Reshape):
     """expand, broadcast_to: repeats axes of size one."""
 
+    def moves(self, node: fx.Node) -> bool:
+        """An element is repeated."""
+        return False
+
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Broadcast against nothing."""
         return broadcast(state, [state.label(tensor_input(node))], shape_of(node))
 
 
 register(Reshape(), torch.reshape, "reshape", "view")
+register(ReshapeAs(), "reshape_as", "view_as")
 register(Flatten(), nn.Flatten, torch.flatten, "flatten", torch.ravel, "ravel")
 register(Unflatten(), nn.Unflatten, torch.unflatten, "unflatten")
 _PERMUTATIONS = "permute transpose swapaxes swapdims movedim moveaxis t".split()

@@ -1,0 +1,128 @@
+"""Metadata: the value that the example inputs give every node, as fake tensors.
+
+Nothing is computed and no memory is needed. The value of a node is in `node.meta["val"]`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
+
+from rbpfx.errors import InputError
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode for the fake tensors of one graph; tensors of the same memory share theirs."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_inputs(mode: FakeTensorMode, value: Any) -> Any:
+    """Fake tensors like the tensors of a (nested) value, whatever mode they come from."""
+
+    def fake(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        with mode:
+            return torch.empty_strided(
+                leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
+            )
+
+    return tree_map(fake, value)
+
+
+def record_metadata(gm: fx.GraphModule, values: list[Any] | None = None) -> None:
+    """Write `node.meta["val"]` on every node.
+
+    Args:
+        gm: The graph to annotate.
+        values: Values for the placeholders in order. By default the shapes, dtypes and devices
+            that the placeholders' metadata holds already.
+
+    Raises:
+        InputError: An operator rejects the shapes; names the node.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    given = [n.meta["val"] for n in placeholders] if values is None else values
+    mode = fake_mode()
+    for node, value in zip(placeholders, given, strict=True):
+        node.meta["val"] = fake_inputs(mode, value)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        try:
+            node.meta["val"] = compute(node, gm, mode)
+        except Exception as error:
+            shapes = [tuple(v.shape) if isinstance(v, Tensor) else v for v in given]
+            raise InputError(
+                f"the model does not run on inputs of shape {shapes}: node {node.name!r}: {error}"
+            ) from error
+
+
+def compute(node: fx.Node, root: nn.Module, mode: FakeTensorMode) -> Any:
+    """The value of a node in eval mode from the values of its inputs."""
+    args = map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+    if node.op == "output":
+        return args[0]
+    if node.op == "get_attr":
+        value = _fetch(root, str(node.target))
+        return mode.from_tensor(value) if isinstance(value, Tensor) else value
+    with mode, torch.no_grad():
+        if node.op == "call_module":
+            return _call_module(root.get_submodule(str(node.target)), args, kwargs, mode)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fetch(root: nn.Module, name: str) -> Any:
+    value: Any = root
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _call_module(module: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+    """Call a module with fake tensors; if its Python code refuses them, with tensors of ones."""
+    try:
+        return _faked(module, mode)(*args, **kwargs)
+    except Exception as refusal:
+        try:
+            with unset_fake_temporarily():
+                real = tree_map(_ones, (args, kwargs))
+                result = copy.deepcopy(module).eval()(*real[0], **real[1])
+        except Exception:
+            raise refusal from None
+        return tree_map(lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v, result)
+
+
+def _faked(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The module in eval mode with fake parameters: far quicker to call than one with real ones."""
+
+    def fake(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        return {name: t if t is None else mode.from_tensor(t) for name, t in tensors.items()}
+
+    twin = module.__new__(type(module))
+    twin.__dict__ = {
+        **module.__dict__,
+        "training": False,
+        "_parameters": fake(module._parameters),
+        "_buffers": fake(module._buffers),
+        "_modules": {
+            name: child if child is None else _faked(child, mode)
+            for name, child in module._modules.items()
+        },
+    }
+    return twin
+
+
+def _ones(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.ones(value.shape, dtype=value.dtype, device=value.device)

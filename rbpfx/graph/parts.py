@@ -1,0 +1,147 @@
+"""Captured parts: the graphs that a captured model consists of.
+
+As a rule there is one, the model itself. A module whose Python code depends on the values of
+tensors (the proposals of a detector) stays as it is and runs its own forward; what is traceable
+inside it is captured as graphs of its own, which take the places of its submodules.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rbpfx.errors import CaptureError, RbpfxError
+from rbpfx.graph.tracer import GraphTracer
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Capture = Callable[[nn.Module, Call], nn.Module]
+_EXAMPLES = "rbpfx_examples"
+
+
+def captured_parts(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """The graphs of a captured model by qualified name, outermost first ("" is the model)."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, fx.GraphModule) and module.graph._tracer_cls is GraphTracer
+    }
+
+
+def note_examples(gm: fx.GraphModule, count: int) -> None:
+    """Remember with how many examples a graph was captured."""
+    gm.meta[_EXAMPLES] = count
+
+
+def example_batch(model: nn.Module) -> int:
+    """Number of examples in the batch that a model was captured with."""
+    return next((gm.meta[_EXAMPLES] for gm in captured_parts(model).values()), 1)
+
+
+def count_examples(inputs: Mapping[str, Any]) -> int:
+    """Number of examples in a batch: the size of the first tensor, or of the first list."""
+    for value in inputs.values():
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return int(value.shape[0])
+        if isinstance(value, (list, tuple)):
+            return len(value)
+        if isinstance(value, Mapping):
+            return count_examples(value)
+    return 1
+
+
+def capture_inside(
+    model: nn.Module, opaque: list[str], run: Callable[[nn.Module], Any], capture: Capture
+) -> dict[str, str]:
+    """Capture what is traceable inside modules that stay as they are, in their place.
+
+    Args:
+        model: The model with all of its modules; its submodules are replaced.
+        opaque: Qualified names of the modules to look into.
+        run: Calls a copy of the model with the example inputs.
+        capture: Captures a module for the inputs of a call; raises a `RbpfxError` if it cannot.
+
+    Returns:
+        Qualified name -> why it was not captured, for modules with parameters that stay.
+    """
+    calls = _record_calls(model, opaque, run)
+    refused: dict[str, str] = {}
+    for name in opaque:
+        _capture_children(model.get_submodule(name), name, calls, capture, refused)
+    return refused
+
+
+def _capture_children(
+    module: nn.Module,
+    name: str,
+    calls: Mapping[str, list[tuple[Call, Any]]],
+    capture: Capture,
+    refused: dict[str, str],
+) -> None:
+    for child_name, child in module.named_children():
+        qualified = f"{name}.{child_name}" if name else child_name
+        if not any(True for _ in child.children()) or not any(True for _ in child.parameters()):
+            continue  # a single layer: what it reads and what it computes are both interface
+        try:
+            if qualified not in calls:
+                raise CaptureError("it is not called itself")
+            part = capture(child, calls[qualified][0][0])
+            _require_same(part, calls[qualified])
+        except RbpfxError as error:
+            refused[qualified] = str(error)
+            _capture_children(child, qualified, calls, capture, refused)
+        else:
+            setattr(module, child_name, part)
+
+
+def _require_same(part: nn.Module, calls: list[tuple[Call, Any]]) -> None:
+    """A part must serve all the calls that were recorded, not only the first."""
+    flags = [(m, m.training) for m in part.modules()]
+    part.eval()
+    try:
+        for (args, kwargs), expected in calls:
+            with torch.no_grad():
+                result = part(*args, **kwargs)
+            pairs = list(zip(_tensors(expected), _tensors(result), strict=True))
+            if not all(torch.allclose(a, b, equal_nan=True) for a, b in pairs):
+                raise CaptureError("its graph computes something else")
+    except RbpfxError:
+        raise
+    except Exception as error:
+        raise CaptureError(f"its graph does not serve every call: {error}") from error
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _record_calls(
+    model: nn.Module, opaque: list[str], run: Callable[[nn.Module], Any]
+) -> dict[str, list[tuple[Call, Any]]]:
+    """Run a copy of the model, and note what the modules inside opaque ones get and return."""
+    twin = copy.deepcopy(model).eval()
+    calls: dict[str, list[tuple[Call, Any]]] = defaultdict(list)
+    for name, module in twin.named_modules():
+        if any(name.startswith(f"{outer}." if outer else "") for outer in opaque) and name:
+
+            def note(
+                _: nn.Module, args: Any, kwargs: Any, result: Any, *, name: str = name
+            ) -> None:
+                calls[name].append(tree_map(_kept, ((args, kwargs), result)))
+
+            module.register_forward_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        run(twin)
+    return calls
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

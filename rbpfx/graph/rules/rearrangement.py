@@ -1,0 +1,214 @@
+"""Operators that rearrange what lies along axes: flip, roll, repeat, shuffles of pixels, patches.
+
+Some of them mean something else on a shorter axis (a roll, a shuffle of channel groups). Where
+channels have gone they become an `index_select`, or run at the original width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from rbpfx.graph.propagation import Labels, Propagation, unfollowed
+from rbpfx.graph.provenance import Atoms, Block, Label
+from rbpfx.graph.rules.base import (
+    Rule,
+    argument,
+    call_on,
+    register,
+    setting,
+    shape_of,
+    tensor_input,
+    value_of,
+)
+from rbpfx.graph.slicing import Slicing
+
+
+class PerAxis(Rule):
+    """Rearranges every axis by itself; new axes may come in front.
+
+    Args:
+        dims: Name of the argument without which the operator flattens its input, the third one.
+    """
+
+    def __init__(self, dims: str | None = None) -> None:
+        self.dims = dims
+
+    def moves(self, node: fx.Node) -> bool:
+        """Nothing but moving."""
+        return True
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Pick the atoms like the data."""
+        label = state.label(tensor_input(node))
+        computed = [n for n in node.all_input_nodes[1:] if isinstance(value_of(n), Tensor)]
+        if computed or (self.dims is not None and argument(node, 2, self.dims) in (None, ())):
+            for source in node.all_input_nodes:
+                state.pin(state.labels.get(source), f"moved across axes or by data ({node.name!r})")
+            return unfollowed(node)
+        offset = len(shape_of(node)) - label.ndim
+        blocks = []
+        for block in label.blocks:
+            positions = [_positions(node, state.gm, label, dim) for dim in block.dims]
+            dims = tuple(dim + offset for dim in block.dims)
+            blocks.append(Block(dims, block.atoms[np.ix_(*positions)]))
+        return Label(shape_of(node), tuple(blocks))
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Select the right channels where the operator would move them otherwise now."""
+        label = state.label(tensor_input(node))
+        chosen: dict[int, Atoms] = {}
+        for dim, size in state.changed_sizes(label).items():
+            keep = state.kept_along(label, dim)
+            wanted = _positions(node, state.source, label, dim)
+            wanted = (np.cumsum(keep) - 1)[wanted[keep[wanted]]]
+            if not _does(node, state.source, label, dim, size, wanted):
+                chosen[dim] = wanted
+        if not chosen:
+            return
+        twin = state.twin(node)
+        if label.shape == shape_of(node) and self._is_identity_but(chosen, node, state, label):
+            value = tensor_input(twin)
+            for dim, positions in chosen.items():
+                value = state.select(twin, value, dim, positions)
+            state.replace(node, value)
+        else:
+            state.widen(node, tensor_input(node))
+            state.narrow(node)
+
+    def _is_identity_but(
+        self, chosen: Mapping[int, Atoms], node: fx.Node, state: Slicing, label: Label
+    ) -> bool:
+        return all(
+            np.array_equal(_positions(node, state.source, label, dim), np.arange(size))
+            for dim, size in enumerate(label.shape)
+            if dim not in chosen
+        )
+
+
+def _positions(node: fx.Node, gm: fx.GraphModule, label: Label, dim: int) -> Atoms:
+    """Which index of an axis every index of it in the result comes from: by running it."""
+    return _run(node, gm, label, dim, label.shape[dim])
+
+
+def _run(node: fx.Node, gm: fx.GraphModule, label: Label, dim: int, size: int) -> Atoms:
+    probe = torch.arange(float(size)).reshape([-1 if d == dim else 1 for d in range(label.ndim)])
+    result = call_on(node, gm, probe)
+    axis = dim + result.ndim - label.ndim
+    index = tuple(slice(None) if d == axis else 0 for d in range(result.ndim))
+    return np.asarray(result[index].numpy().astype(np.int64))
+
+
+def _does(
+    node: fx.Node, gm: fx.GraphModule, label: Label, dim: int, size: int, wanted: Atoms
+) -> bool:
+    """Whether the operator, run on the shorter axis, moves what is left to the right places."""
+    try:
+        return np.array_equal(_run(node, gm, label, dim, size), wanted)
+    except RuntimeError:
+        return False  # it does not run, as a size that the number of groups does not divide
+
+
+class PixelShuffle(Rule):
+    """Spreads the channels of a block over space: they stay together."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Tie the channels of every block."""
+        factor = int(value_of(setting(node, state.gm, 1, "upscale_factor", 1)))
+        return merge_channels(node, state, factor**2, tensor_input(node), -3)
+
+
+class PixelUnshuffle(Rule):
+    """Turns blocks of space into channels: every channel becomes several."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Repeat the channels."""
+        factor = int(value_of(setting(node, state.gm, 1, "downscale_factor", 1)))
+        return split_channels(node, state, factor**2, -3)
+
+
+class Unfold(Rule):
+    """`F.unfold`: patches; every channel becomes one per position of the kernel."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Repeat the channels."""
+        source = tensor_input(node)
+        dim = len(shape_of(source)) - 3
+        count = shape_of(node)[-2] // shape_of(source)[dim]
+        return split_channels(node, state, count, dim)
+
+
+class Fold(Rule):
+    """`F.fold`: sums up patches; what becomes one channel stays together."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Tie the positions of the kernel."""
+        source = tensor_input(node)
+        count = shape_of(source)[-2] // shape_of(node)[-3]
+        return merge_channels(node, state, count, source, -2)
+
+
+def split_channels(node: fx.Node, state: Propagation, count: int, dim: int) -> Label:
+    """Every channel becomes `count` neighbours; the axes after `dim` are mixed."""
+    label = state.label(tensor_input(node))
+    dim %= label.ndim
+    label = state.collapse(label, range(dim + 1, label.ndim), f"mixed by {node.name!r}")
+    block = label.block(dim)
+    if block is None:
+        return Label(shape_of(node), label.blocks)
+    atoms = np.repeat(block.atoms, count, axis=block.dims.index(dim))
+    return Label(shape_of(node), (*label.without(dim), Block(block.dims, atoms)))
+
+
+def merge_channels(
+    node: fx.Node, state: Propagation, count: int, source: fx.Node, dim: int
+) -> Label:
+    """`count` neighbours become one channel; the axes after `dim` are mixed."""
+    label = state.label(source)
+    dim %= label.ndim
+    label = state.collapse(label, range(dim + 1, label.ndim), f"mixed by {node.name!r}")
+    if label.block(dim) is None:
+        return Label(shape_of(node), label.blocks)
+    atoms = state.axis(label, dim, f"mixed by {node.name!r}").reshape(-1, count)
+    state.identities.tie(atoms, atoms[:, :1])
+    return Label(shape_of(node), (*label.without(dim), Block((dim,), atoms[:, 0])))
+
+
+class UnfoldAxis(Rule):
+    """`Tensor.unfold`: windows along one axis, which end up on a new last axis."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Follow all other axes."""
+        label = state.label(tensor_input(node))
+        dim = int(value_of(argument(node, 1, "dimension"))) % label.ndim
+        label = state.collapse(label, {dim}, f"windows over channels ({node.name!r})")
+        return Label(shape_of(node), label.blocks)
+
+
+class Rotate(Rule):
+    """`rot90`: channels along the two axes stay."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Follow all other axes."""
+        label = state.label(tensor_input(node))
+        dims = {d % label.ndim for d in value_of(argument(node, 2, "dims", (0, 1)))}
+        label = state.collapse(label, dims, f"rotation of channels ({node.name!r})")
+        return Label(shape_of(node), label.blocks)
+
+
+_per_axis = PerAxis()
+register(_per_axis, torch.flip, torch.fliplr, torch.flipud, "flip", "fliplr", "flipud")
+register(_per_axis, torch.tile, "tile", "repeat")
+register(_per_axis, nn.ChannelShuffle, torch.channel_shuffle, F.channel_shuffle)
+register(PerAxis("dims"), torch.roll, "roll")
+register(PerAxis("dim"), torch.repeat_interleave, "repeat_interleave")
+register(PixelShuffle(), nn.PixelShuffle, F.pixel_shuffle)
+register(PixelUnshuffle(), nn.PixelUnshuffle, F.pixel_unshuffle)
+register(Unfold(), nn.Unfold, F.unfold)
+register(Fold(), nn.Fold, F.fold)
+register(UnfoldAxis(), "unfold")
+register(Rotate(), torch.rot90, "rot90")

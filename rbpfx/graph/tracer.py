@@ -1,0 +1,353 @@
+"""The tracer: records a model's forward as a graph whose nodes know their example values.
+
+It is `torch.fx.Tracer` with the proxies of `rbpfx.graph.values`. Modules of `torch.nn` without
+children, and all whose class has a rule, stay `call_module` nodes; everything else is traced
+through. While it runs, `torch.fx` patches module calls for the whole process: calls of other
+threads pass through untouched, and traces wait for each other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.fx.node import map_arg
+from torch.nn.utils.parametrize import is_parametrized
+
+from rbpfx.graph.calls import call_leaf
+from rbpfx.graph import decompositions as _d  # TEMPORARY
+from rbpfx.graph.metadata import compute
+from rbpfx.graph.rules.base import rule_of_function, rule_of_module
+from rbpfx.graph.values import (
+    GraphProxy,
+    Untraceable,
+    ValueProxy,
+    assume,
+    line_of_user_code,
+    value_behind,
+)
+
+LeafModule = type[nn.Module] | str
+DECOMPOSITIONS = getattr(_d, "DECOMPOSITIONS", {})
+_LOCK = threading.RLock()
+_LOOKAHEAD = 64
+
+# Functions that take sizes but no tensor: torch asks a proxy among their arguments for its number,
+# which would fix it. Wrapped, they become nodes instead.
+FACTORIES = frozenset(
+    getattr(torch, name)
+    for name in (
+        "arange zeros ones full empty eye linspace tensor as_tensor rand randn randint randperm "
+        "meshgrid zeros_like ones_like full_like empty_like stack cat concat finfo iinfo "
+        "hann_window scalar_tensor tril_indices triu_indices broadcast_shapes"
+    ).split()
+)
+
+
+class GraphTracer(fx.Tracer):
+    """Traces the code of a captured graph again, without values.
+
+    Graphs name it as their tracer, because unpickling a `GraphModule` traces its code again.
+    """
+
+    # Else operators on buffers would run once, while tracing, and leave a constant behind.
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(FACTORIES))
+        self._autowrap_search.append(torch)
+
+    def trace(
+        self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
+    ) -> fx.Graph:
+        """Trace a module; nothing stays patched, whether it succeeds or fails."""
+        with _LOCK:
+            graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if node.target in FACTORIES:
+                # torch.fx marks it for generated code to wrap again, which works for plain names
+                # only; this tracer wraps it in any case.
+                node.meta.pop("is_wrapped", None)
+        return graph
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that knows in-place operators."""
+        return GraphProxy(node, self)
+
+
+class ValueTracer(GraphTracer):
+    """The tracer of models.
+
+    Args:
+        mode: The mode of the fake tensors.
+        supplied: Names and (fake) values of the forward arguments that the example inputs give.
+        leaf_modules: Classes or qualified names of modules that are not traced into.
+        leaf_functions: Functions that are not traced into.
+        reference: Another trace of the same model, whose values are used again where both agree.
+
+    Attributes:
+        failed_in: After a failure, the qualified name of the innermost module that was traced
+            into, or the function; None if the root's own forward failed.
+    """
+
+    def __init__(
+        self,
+        mode: FakeTensorMode,
+        supplied: Mapping[str, Any],
+        leaf_modules: Iterable[LeafModule] = (),
+        leaf_functions: Iterable[Callable[..., Any]] = (),
+        reference: fx.Graph | None = None,
+    ) -> None:
+        super().__init__()
+        leaf_modules = tuple(leaf_modules)
+        self.mode = mode
+        self.supplied = supplied
+        self.leaf_names = {leaf for leaf in leaf_modules if isinstance(leaf, str)}
+        self.leaf_types = tuple(leaf for leaf in leaf_modules if isinstance(leaf, type))
+        self.leaf_functions = set(leaf_functions)
+        self.failed_in: str | Callable[..., Any] | None = None
+        self._values = _Values(self, reference)
+        self._guarded: set[tuple[fx.Node, str]] = set()
+        self._thread = threading.get_ident()
+
+    # -- tracing --------------------------------------------------------------------------
+
+    def trace(
+        self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
+    ) -> fx.Graph:
+        """Trace the model."""
+        with _LOCK, _custom_autograd_functions_refused():
+            graph = super().trace(root, concrete_args)
+        _drop_unused_numbers(graph)
+        return graph
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """One placeholder for every supplied argument; the others take their defaults."""
+        placeholders = [self._placeholder(name, value) for name, value in self.supplied.items()]
+        positional = _positional(inspect.signature(root_fn), list(self.supplied))
+
+        def call(root: nn.Module, *values: Any) -> Any:
+            given = dict(zip(self.supplied, values, strict=True))
+            first = [given.pop(name) for name in positional]
+            return root_fn(root, *first, **given)
+
+        return call, [self.root, *placeholders]
+
+    def _placeholder(self, name: str, value: Any) -> Any:
+        proxy = self.create_proxy("placeholder", name, (), {})
+        if value is None or isinstance(value, (bool, int, float, str)):
+            # Python code branches on such an argument, so it is a constant of the capture.
+            self._guard_node(proxy.node, value, f"argument {name!r}")
+            return value
+        return proxy
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a call of `m` stays one `call_module` node."""
+        if module_qualified_name in self.leaf_names or isinstance(m, self.leaf_types):
+            return True
+        if isinstance(m, torch.jit.ScriptModule) or rule_of_module(m) is not None:
+            return True
+        of_torch = type(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
+        return of_torch and not is_parametrized(m) and not any(m.children())
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Trace into `m`, remembering the innermost module in which tracing fails."""
+        if self._is_passing():
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        decomposition = DECOMPOSITIONS.get(type(m))
+        if decomposition is not None:
+            forward = partial(decomposition, m)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_in is None:
+                self.failed_in = name
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become nodes."""
+        if self._is_passing() or not isinstance(attr_val, Tensor):
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _is_passing(self) -> bool:
+        """Whether a call is none of the traced model's: ours for a value, or another thread's."""
+        return self._values.computing or threading.get_ident() != self._thread
+
+    # -- nodes ----------------------------------------------------------------------------
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy that knows the node's value."""
+        return ValueProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """Proxies may pass for numbers and tuples, so they are asked for first."""
+        return a.node if type(a) is ValueProxy else super().create_arg(a)
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *rest: Any,
+        **options: Any,
+    ) -> Any:
+        """Record a call, or trace into a function of Python that was marked with `fx.wrap`."""
+        if kind == "call_function" and self._is_python(target):
+            function = DECOMPOSITIONS.get(target, target)
+            try:
+                return function(*args, **kwargs)
+            except Exception:
+                if self.failed_in is None:
+                    self.failed_in = target
+                raise
+        return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+
+    def _is_python(self, target: Any) -> bool:
+        if target in DECOMPOSITIONS:
+            return True
+        if not isinstance(target, FunctionType) or target in self.leaf_functions:
+            return False
+        home = target.__module__ or ""
+        ours = home.split(".")[0] in ("torch", "rbpfx", "math", "_operator")
+        return not ours and rule_of_function(target) is None
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record a node and its value."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        node.meta["val"] = self._values.of(node)
+        return node
+
+    def create_leaf(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Proxy:
+        """Record a call of a function of ours that re-tracing must not look into."""
+        proxy = self.create_proxy("call_function", function, args, {})
+        proxy.node.meta["is_wrapped"] = True
+        return proxy
+
+    def guard(self, proxy: fx.Proxy, value: Any) -> Any:
+        """Note that the trace depends on a value; returns it."""
+        self._guard_node(proxy.node, value, line_of_user_code())
+        return value
+
+    def _guard_node(self, node: fx.Node, value: Any, where: str) -> None:
+        if (node, repr(value)) not in self._guarded:
+            self._guarded.add((node, repr(value)))
+            call_leaf(self.graph, assume, (node, value, where)).meta["val"] = None
+
+    # -- what Python asks of a proxy ------------------------------------------------------
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The example's truth."""
+        return ValueProxy.__bool__(obj)  # type: ignore[arg-type]
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The example's elements."""
+        return ValueProxy.__iter__(obj)  # type: ignore[arg-type]
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """The example's keys."""
+        return value_behind(obj).keys()
+
+
+class _Values:
+    """Computes the values of nodes, or takes them from a reference trace."""
+
+    def __init__(self, tracer: ValueTracer, reference: fx.Graph | None) -> None:
+        self.tracer = tracer
+        self.computing = False
+        self._reference = list(reference.nodes) if reference is not None else []
+        self._position = 0
+        self._twins: dict[fx.Node, fx.Node] = {}
+
+    def of(self, node: fx.Node) -> Any:
+        """The example value of a new node."""
+        if node.op == "placeholder":
+            return self.tracer.supplied[str(node.target)]
+        twin = self._twin(node)
+        if twin is not None:
+            self._twins[node] = twin
+            return twin.meta["val"]
+        self.computing = True
+        try:
+            return compute(node, self.tracer.root, self.tracer.mode)
+        except DynamicOutputShapeException as error:
+            raise Untraceable(f"the size of the result of {error.func} depends on data") from error
+        except DataDependentOutputException as error:
+            raise Untraceable(f"{error.func} takes values out of a tensor") from error
+        finally:
+            self.computing = False
+
+    def _twin(self, node: fx.Node) -> fx.Node | None:
+        """The node of the reference that does the same on the same values."""
+        window = itertools.islice(self._reference, self._position, self._position + _LOOKAHEAD)
+        for offset, other in enumerate(window):
+            if (
+                other.op == node.op
+                and other.target == node.target
+                and self._mapped(node.args) == other.args
+                and self._mapped(node.kwargs) == other.kwargs
+            ):
+                self._position += offset + 1
+                return other
+        return None
+
+    def _mapped(self, args: Any) -> Any:
+        return map_arg(args, lambda n: self._twins.get(n, n)) if args else args
+
+
+def _positional(signature: inspect.Signature, names: list[str]) -> list[str]:
+    """The arguments that have to be passed by position."""
+    kinds = {name: p.kind for name, p in signature.parameters.items()}
+    return [n for n in names if kinds.get(n) is inspect.Parameter.POSITIONAL_ONLY]
+
+
+def _drop_unused_numbers(graph: fx.Graph) -> None:
+    """Remove what only Python asked for: sizes and other numbers that no node uses."""
+    for node in reversed(list(graph.nodes)):
+        is_tensor = isinstance(node.meta.get("val"), (Tensor, list, tuple)) and not isinstance(
+            node.meta["val"], torch.Size
+        )
+        if not node.users and not is_tensor and node.target is not assume:
+            if node.op in ("call_function", "call_method"):
+                graph.erase_node(node)
+
+
+@contextmanager
+def _custom_autograd_functions_refused() -> Iterator[None]:
+    """Make `Function.apply` on a proxy an error: tracing into it would lose its own backward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    @classmethod  # type: ignore[misc]
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(type(a) is ValueProxy for a in (*args, *kwargs.values())):
+            raise Untraceable(f"the autograd function {cls.__name__} has a backward of its own")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original

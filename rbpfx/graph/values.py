@@ -1,0 +1,203 @@
+"""Proxies that know values: what tracing puts in the place of the model's tensors and numbers.
+
+Every node carries the value that the example inputs give it (a fake tensor, a shape, a number). An
+operator on a proxy becomes a node; where Python itself needs a value (`if`, `range`, `len`,
+unpacking), the example's value answers, and a guard in the graph says so: an input for which the
+answer would be another one raises `GuardError` instead of running the wrong branch.
+"""
+
+from __future__ import annotations
+
+import linecache
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from rbpfx.errors import GuardError, RbpfxError
+
+
+class Untraceable(RbpfxError):
+    """What a graph cannot hold, such as control flow on the values of a tensor."""
+
+
+@fx.has_side_effect
+def assume(value: Any, expected: Any, where: str) -> None:
+    """Check an assumption that the capture rests on.
+
+    Raises:
+        GuardError: The value is another one.
+    """
+    if value != expected:
+        raise GuardError(
+            f"the network was captured with inputs for which a value at {where} is {expected!r}; "
+            f"for this input it is {value!r}. Capture it again with example inputs of this kind."
+        )
+
+
+def length(value: Any) -> int:
+    """`len`, as a function that graphs can call."""
+    return len(value)
+
+
+def rounded(value: Any, digits: int | None = None) -> Any:
+    """`round`, as a function that graphs can call."""
+    return round(value, digits)
+
+
+class GraphProxy(fx.Proxy):
+    """A proxy that records `x += y` and `x[i] = y` as what they are.
+
+    torch.fx would record `x + y`, and nothing.
+    """
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _augmented(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod"):
+    setattr(GraphProxy, f"__{_name}__", _augmented(_name))
+
+
+# Questions about a tensor whose answers pruning and other inputs of the kind do not change.
+_CONSTANT_ATTRIBUTES = frozenset({"ndim", "requires_grad", "is_cuda", "is_meta", "is_sparse"})
+_CONSTANT_METHODS = frozenset(
+    "dim ndimension is_floating_point is_complex is_contiguous element_size".split()
+)
+_DATA = frozenset({"item", "tolist", "numpy", "data_ptr", "storage", "untyped_storage"})
+# Proxies of these pass `isinstance`. Tensor is not among them: the argument parser of torch takes
+# whatever passes for a tensor as one, and crashes.
+_IMITATED = (int, float, torch.Size, tuple, list, dict, torch.dtype, torch.device)
+
+
+class ValueProxy(GraphProxy):
+    """A proxy that answers Python's questions with the example's value."""
+
+    tracer: Any
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        kind = type(value_behind(self))
+        return kind if issubclass(kind, _IMITATED) and kind is not bool else ValueProxy
+
+    def __bool__(self) -> bool:
+        value = self._known("the truth of")
+        if isinstance(value, bool):
+            return bool(self.tracer.guard(self, value))
+        if isinstance(value, (int, float)):
+            truth = self.tracer.create_proxy("call_function", operator.truth, (self,), {})
+            return bool(self.tracer.guard(truth, bool(value)))
+        return len(self) > 0 if hasattr(value, "__len__") else bool(value)
+
+    def __index__(self) -> int:
+        value = self._known("the number")
+        return int(self.tracer.guard(self, operator.index(value)))
+
+    def __int__(self) -> int:
+        value = self._known("the number")
+        self.tracer.guard(self, value)
+        return int(value)
+
+    def __float__(self) -> float:
+        value = self._known("the number")
+        self.tracer.guard(self, value)
+        return float(value)
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_leaf(rounded, (self, digits))
+
+    def __len__(self) -> int:
+        value = value_behind(self)
+        if isinstance(value, Tensor):
+            return operator.index(self.shape[0])
+        size = len(value)
+        # How many axes a tensor has, or results a module, is no assumption on the input's size.
+        if not isinstance(value, torch.Size) and self.node.op != "call_module":
+            self.tracer.guard(self.tracer.create_leaf(length, (self,)), size)
+        return size
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(value_behind(self), dict):
+            return iter(value_behind(self))
+        return iter([self[index] for index in range(len(self))])
+
+    def __contains__(self, item: Any) -> bool:
+        if isinstance(value_behind(self), dict):
+            return item in value_behind(self)
+        return any(bool(element == item) for element in self)
+
+    def __getattr__(self, name: str) -> Any:
+        value = value_behind(self)
+        if name.startswith("__") or not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        if isinstance(value, Tensor) and name in _CONSTANT_ATTRIBUTES:
+            return getattr(value, name)
+        if isinstance(value, dict) and name in ("keys", "values", "items", "get"):
+            return getattr({key: self[key] for key in value}, name)
+        if callable(getattr(value, name)):
+            return _Method(self, name)
+        return self._attribute(name, getattr(value, name))
+
+    def _attribute(self, name: str, attribute: Any) -> Any:
+        if self.node.op == "get_attr" and name == "shape":
+            return attribute  # of a parameter: no input changes it
+        if isinstance(attribute, (str, bool, type(None))):
+            proxy = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+            return self.tracer.guard(proxy, attribute)
+        value = value_behind(self)
+        if isinstance(value, tuple):
+            for index, field in enumerate(value):
+                if field is attribute:
+                    return self[index]
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def _known(self, what: str) -> Any:
+        value = value_behind(self)
+        if isinstance(value, Tensor):
+            raise Untraceable(f"control flow on {what} a tensor's values")
+        return value
+
+
+class _Method:
+    """A method of a proxied value, not yet called."""
+
+    def __init__(self, proxy: ValueProxy, name: str) -> None:
+        self.proxy = proxy
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value = value_behind(self.proxy)
+        if isinstance(value, Tensor) and self.name in _CONSTANT_METHODS:
+            return getattr(value, self.name)()
+        if isinstance(value, Tensor) and self.name in _DATA:
+            raise Untraceable(f"Tensor.{self.name}() takes values out of a tensor")
+        tracer = self.proxy.tracer
+        return tracer.create_proxy("call_method", self.name, (self.proxy, *args), kwargs)
+
+
+def value_behind(proxy: fx.Proxy) -> Any:
+    """The value that the example inputs give a proxy."""
+    return proxy.node.meta["val"]
+
+
+def line_of_user_code() -> str:
+    """'file:line `code`' of the innermost frame outside torch and this package."""
+    own = (str(Path(__file__).parent), torch.__path__[0])
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame = frame.f_back
+    path, line = frame.f_code.co_filename, frame.f_lineno
+    return f"{Path(path).name}:{line} `{linecache.getline(path, line).strip()}`"

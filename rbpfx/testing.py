@@ -1,0 +1,518 @@
+"""The laws of the compiler, to hold operators, rules and models of your own to.
+
+The one law: for every plan, the sliced network equals the masked one, forward and backward, in
+train and in eval mode, in double precision. `check_rule` puts an operator between two layers and
+checks that and its corollaries; `check_model` does the same to a whole model; a subclass of
+`RuleTestCase` makes every law a test of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
+
+from rbpfx.errors import PlanError
+from rbpfx.graph.capture import trace
+from rbpfx.graph.cost import count_macs
+from rbpfx.graph.gates import apply_mask
+from rbpfx.graph.groups import Analysis, analyze, example_batch
+from rbpfx.graph.slicing import kept_indices, rewrite
+from rbpfx.plan import PruningPlan
+
+TOLERANCE = 1e-9
+
+Inputs: TypeAlias = tuple[Tensor, ...]
+Operator: TypeAlias = nn.Module | Callable[..., Any]
+
+
+# -- what to call ---------------------------------------------------------------------------
+
+
+def check_rule(
+    operator: Operator,
+    *examples: Tensor,
+    dim: int = 1,
+    plans: int = 10,
+    prunable: bool = True,
+    **options: Any,
+) -> None:
+    """Check that an operator between two layers is pruned exactly.
+
+    Args:
+        operator: A module or function of tensors, with a registered rule. Train mode must draw
+            nothing at random.
+        examples: Inputs of the operator, any values.
+        dim: The channel axis: 1 or the last. Layers in front produce it, a layer behind reads it.
+        plans: How many random plans to try.
+        prunable: Whether the rule lets any channel go; if so, one must.
+        options: For `rbpfx.analyze`.
+
+    Raises:
+        AssertionError: A law is broken; says which, and by which plan.
+        RuleError: The rule contradicts the shapes, or leaves a graph that does not run.
+
+    Example:
+        >>> check_rule(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), torch.randn(3, 8, 5, 5))
+        >>> check_rule(lambda x, y: x * y.sigmoid(), torch.randn(4, 6), torch.randn(4, 6))
+    """
+    model = Between(operator, *examples, dim=dim)
+    check_model(model, model.inputs(), plans=plans, prunable=prunable, **options)
+
+
+def check_model(
+    model: nn.Module,
+    inputs: Tensor | Inputs,
+    *,
+    plans: int = 10,
+    prunable: bool = True,
+    **options: Any,
+) -> None:
+    """Check that a model is pruned exactly by random plans.
+
+    Args:
+        model: Any traceable module; a copy in double precision is tested, with random statistics
+            and biases in place of zeros and ones, which hide mistakes.
+        inputs: Its positional inputs.
+        plans: How many random plans to try.
+        prunable: Whether any unit can be removed; if so, one must.
+        options: For `rbpfx.analyze`.
+
+    Raises:
+        AssertionError: A law is broken; says which, and by which plan.
+        RuleError: A rule contradicts the shapes, or leaves a graph that does not run.
+    """
+    model, inputs = _in_double(model, inputs)
+    removed = 0
+    for seed in range(plans):
+        compiled = compile_random(model, inputs, seed, **options)
+        removed += compiled.removed
+        for law in LAWS:
+            _hold(law, compiled, inputs, seed)
+    assert removed or not prunable, _why_nothing(compiled.analysis)
+
+
+class RuleTestCase:
+    """A test per law: inherit, say what to test, and let pytest collect it.
+
+    Attributes:
+        dim: The channel axis of the examples: 1 or the last.
+        plans: How many random plans to try.
+        options: For `rbpfx.analyze`.
+
+    Example:
+        >>> class TestGate(RuleTestCase):
+        ...     def operator(self):
+        ...         return lambda x, y: x * y.sigmoid()
+        ...
+        ...     def examples(self):
+        ...         return torch.randn(4, 6), torch.randn(4, 6)
+    """
+
+    dim: int = 1
+    plans: int = 10
+    options: dict[str, Any] = {}  # noqa: RUF012  (never modified)
+
+    def operator(self) -> Operator:
+        """The module or function under test."""
+        raise NotImplementedError
+
+    def examples(self) -> Inputs:
+        """Inputs of the operator."""
+        raise NotImplementedError
+
+    def model(self) -> tuple[nn.Module, Inputs]:
+        """The network under test and its inputs: the operator between layers by default."""
+        model = Between(self.operator(), *self.examples(), dim=self.dim)
+        return model, model.inputs()
+
+    def test_something_is_removed(self) -> None:
+        """The rule does not pin everything."""
+        compiled = [compiled for compiled, _, _ in self._compiled()]
+        assert any(c.removed for c in compiled), _why_nothing(compiled[0].analysis)
+
+    def test_sliced_equals_masked(self) -> None:
+        """Outputs and gradients, in both modes."""
+        self._check(sliced_equals_masked)
+
+    def test_pruned_graph_is_pruned_again(self) -> None:
+        """The rule understands what its own `rewrite` leaves."""
+        self._check(pruned_again)
+
+    def test_useless_units_go(self) -> None:
+        """Removing also what a plan leaves useless changes nothing."""
+        self._check(check_close)
+
+    def test_costs_are_predicted(self) -> None:
+        """The multiply-accumulates that the analysis predicts are those of the sliced graph."""
+        self._check(check_costs)
+
+    def test_multipliers_are_folded(self) -> None:
+        """Constants at the reads go into the weights there."""
+        self._check(check_multipliers)
+
+    def test_the_empty_plan_changes_nothing(self) -> None:
+        """Not a bit."""
+        self._check(check_identity)
+
+    def _check(self, law: Law) -> None:
+        for compiled, inputs, seed in self._compiled():
+            _hold(law, compiled, inputs, seed)
+
+    def _compiled(self) -> Iterable[tuple[Compiled, Inputs, int]]:
+        model, inputs = _in_double(*self.model())
+        for seed in range(self.plans):
+            yield compile_random(model, inputs, seed, **self.options), inputs, seed
+
+
+class Between(nn.Module):
+    """An operator between layers that produce its inputs and layers that read its results.
+
+    Args:
+        operator: A module or function of tensors.
+        examples: Inputs of the operator.
+        dim: The channel axis: 1 or the last.
+    """
+
+    def __init__(self, operator: Operator, *examples: Tensor, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.examples = examples
+        self.producers = nn.ModuleList(
+            _pointwise(3, e.shape[dim], e.ndim, dim % e.ndim) for e in examples
+        )
+        self.operator = operator
+        with torch.no_grad():
+            results = _tensors(operator(*(e.to(_dtype(operator)) for e in examples)))
+        dims = [min(dim, r.ndim - 1) % r.ndim for r in results]
+        self.readers = nn.ModuleList(
+            _pointwise(r.shape[d], 4, r.ndim, d) for r, d in zip(results, dims, strict=True)
+        )
+
+    def inputs(self) -> Inputs:
+        """Inputs of this network."""
+        return tuple(
+            torch.randn([3 if d == self.dim % e.ndim else n for d, n in enumerate(e.shape)])
+            for e in self.examples
+        )
+
+    def forward(
+        self, a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None
+    ) -> list[Tensor]:
+        """The results of all readers."""
+        given = [x for x in (a, b, c, d) if x is not None]
+        results = self.operator(*(p(x) for p, x in zip(self.producers, given, strict=True)))
+        if len(self.readers) == 1:
+            return [self.readers[0](results)]
+        return [reader(results[i]) for i, reader in enumerate(self.readers)]
+
+
+def _pointwise(inputs: int, outputs: int, ndim: int, dim: int) -> nn.Module:
+    """A layer from channels to channels along one axis."""
+    if dim == ndim - 1:
+        return nn.Linear(inputs, outputs)
+    if dim == 1 and ndim <= 5:
+        layer: nn.Module = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 3](inputs, outputs, 1)
+        return layer
+    raise ValueError(f"the channel axis must be 1 or the last one, not {dim} of {ndim}")
+
+
+def _in_double(model: nn.Module, inputs: Tensor | Inputs) -> tuple[nn.Module, Inputs]:
+    given = (inputs,) if isinstance(inputs, Tensor) else inputs
+    model = copy.deepcopy(model).double().eval()
+    randomize(model)
+    return model, tuple(x.double() if x.is_floating_point() else x for x in given)
+
+
+def _dtype(operator: Operator) -> torch.dtype:
+    parameters = operator.parameters() if isinstance(operator, nn.Module) else iter(())
+    return next((p.dtype for p in parameters), torch.get_default_dtype())
+
+
+def _hold(law: Law, compiled: Compiled, inputs: Inputs, seed: int) -> None:
+    try:
+        law(compiled, inputs, seed)
+    except AssertionError as error:
+        raise AssertionError(
+            f"{law.__name__} fails ({error}) for the plan of seed {seed}: {compiled.plan.kept}"
+        ) from error
+
+
+def _why_nothing(analysis: Analysis) -> str:
+    reasons = "; ".join(f"{axis.name}: {axis.reason}" for axis in analysis.frozen)
+    return f"no plan removed anything. What stays, and why: {reasons}"
+
+
+# -- random networks and plans ---------------------------------------------------------------
+
+
+def randomize(module: nn.Module, seed: int = 0) -> None:
+    """Give parameters and statistics values that hide no mistake: none is 0 or 1 everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(tensor.shape, generator=generator).to(tensor) * (high - low) + low
+
+    statistics = ((n, b) for n, b in module.named_buffers() if "running_" in n)
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *statistics):
+            leaf = name.rpartition(".")[2]
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            if leaf.startswith("running_var"):
+                tensor.copy_(draw(tensor, 0.5, 2.0))
+            elif leaf.startswith(("running_mean", "bias")):
+                tensor.copy_(draw(tensor, -0.5, 0.5))
+            elif tensor.ndim == 1:
+                tensor.copy_(draw(tensor, 0.4, 1.6))
+            elif (tensor == tensor.flatten()[0]).all():
+                tensor.add_(draw(tensor, -0.3, 0.3))
+
+
+def random_plan(analysis: Analysis, seed: int) -> PruningPlan:
+    """Removes units at random: some groups stay whole, some keep a single unit."""
+    rng = random.Random(seed)
+    kept = {}
+    for group in analysis.groups:
+        draw = rng.random()
+        if draw < 0.2:
+            continue
+        count = 1 if draw < 0.4 else rng.randint(1, group.size)
+        kept[group.name] = rng.sample(range(group.size), count)
+    plan = PruningPlan(kept)
+    try:
+        kept_indices(analysis, analysis.keep(plan))
+    except PlanError:  # features and their channels have nothing in common
+        return PruningPlan({n: units for n, units in kept.items() if ".features" not in n})
+    return plan
+
+
+@dataclass
+class Compiled:
+    """A captured model with a plan, masked and sliced.
+
+    Attributes:
+        options: What the analysis was asked for.
+    """
+
+    gm: fx.GraphModule
+    analysis: Analysis
+    plan: PruningPlan
+    masked: fx.GraphModule
+    sliced: fx.GraphModule
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> int:
+        """How many units the plan removes."""
+        return sum(self.analysis.group(n).size - len(k) for n, k in self.plan.kept.items())
+
+
+def compile_random(model: nn.Module, inputs: Inputs, seed: int, **options: Any) -> Compiled:
+    """Trace, analyse and prune by a random plan."""
+    return prune_random(trace(model, inputs), seed, **options)
+
+
+def prune_random(gm: fx.GraphModule, seed: int, **options: Any) -> Compiled:
+    """Analyse a graph and prune it by a random plan."""
+    analysis = analyze(gm, **options)
+    plan = random_plan(analysis, seed)
+    masked, sliced = apply_mask(gm, analysis, plan), rewrite(gm, analysis, plan)
+    return Compiled(gm, analysis, plan, masked, sliced, options)
+
+
+# -- the laws --------------------------------------------------------------------------------
+
+
+def sliced_equals_masked(compiled: Compiled, inputs: Inputs, seed: int) -> None:
+    """The law in both modes, with the statistics that train mode leaves behind."""
+    for train in (False, True):
+        check_law(compiled, inputs, train=train)
+    check_statistics(compiled, inputs)
+
+
+def pruned_again(compiled: Compiled, inputs: Inputs, seed: int) -> None:
+    """The pruned graph is analysed and pruned again."""
+    check_law(prune_random(compiled.sliced, seed + 1, **compiled.options), inputs, train=False)
+
+
+def check_law(compiled: Compiled, inputs: Inputs, *, train: bool) -> None:
+    """Masked equals sliced: outputs, gradients of inputs and of every remaining parameter."""
+    masked, sliced = copy.deepcopy(compiled.masked), copy.deepcopy(compiled.sliced)
+    expected, expected_inputs = _outputs_and_gradients(masked, inputs, train)
+    actual, actual_inputs = _outputs_and_gradients(sliced, inputs, train)
+    assert_close(expected, actual, "outputs")
+    analysis = compiled.analysis
+    kept = kept_indices(analysis, analysis.keep(compiled.plan))
+    sliced_parameters = dict(sliced.named_parameters())
+    wanted, found = list(expected_inputs), list(actual_inputs)
+    for name, parameter in masked.named_parameters():
+        want, have = parameter.grad, sliced_parameters[name].grad
+        assert (want is None) == (have is None), f"gradient of {name}"
+        if want is not None and have is not None:
+            for dim, indices in kept.get(name, {}).items():
+                want = want.index_select(dim, torch.from_numpy(indices))
+            wanted.append(want)
+            found.append(have)
+    # One scale for all: behind a BatchNorm the gradient of a bias is nothing but rounding.
+    assert_close(wanted, found, "gradients", joint=True)
+
+
+def check_statistics(compiled: Compiled, inputs: Inputs) -> None:
+    """A step in train mode leaves the same running statistics behind."""
+    masked, sliced = copy.deepcopy(compiled.masked), copy.deepcopy(compiled.sliced)
+    for network in (masked, sliced):
+        network.train()
+        network(*(x.clone() for x in inputs))
+    kept = kept_indices(compiled.analysis, compiled.analysis.keep(compiled.plan))
+    buffers = dict(sliced.named_buffers())
+    for name, buffer in masked.named_buffers():
+        if name in buffers and buffer.is_floating_point():
+            for dim, indices in kept.get(name, {}).items():
+                buffer = buffer.index_select(dim, torch.from_numpy(indices))
+            assert_close(buffer, buffers[name], name)
+
+
+def check_costs(compiled: Compiled, inputs: Inputs = (), seed: int = 0) -> None:
+    """The MACs that the analysis predicts are those of the sliced graph."""
+    analysis = compiled.analysis
+    batch = example_batch(compiled.gm)
+    closed = analysis.close(compiled.plan)
+    predicted = analysis.macs(analysis.keep(closed)) / batch
+    assert round(predicted) == count_macs(rewrite(compiled.gm, analysis, closed))
+    assert abs(predicted - round(predicted)) < 1e-6
+    full = count_macs(compiled.gm)
+    assert round(analysis.macs(np.ones(len(analysis.channel)))) == full * batch
+    for group in analysis.groups:
+        differences = []
+        for unit in range(group.size):
+            rest = [i for i in range(group.size) if i != unit]
+            keep = analysis.keep(PruningPlan({group.name: rest}))
+            differences.append(full - analysis.macs(keep) / batch)
+        assert abs(np.mean(differences) - group.macs_per_unit) <= 1e-9 * max(full, 1)
+
+
+def check_close(compiled: Compiled, inputs: Inputs, seed: int = 0) -> None:
+    """Removing also what a plan leaves useless changes nothing."""
+    analysis = compiled.analysis
+    closed = analysis.close(compiled.plan)
+    assert not (analysis.keep(closed) & ~analysis.keep(compiled.plan)).any()
+    assert analysis.close(closed) == closed
+    expected = run(compiled.masked, inputs)
+    assert_close(expected, run(apply_mask(compiled.gm, analysis, closed), inputs), "closed plan")
+    assert_close(expected, run(rewrite(compiled.gm, analysis, closed), inputs), "sliced")
+
+
+def check_multipliers(compiled: Compiled, inputs: Inputs, seed: int) -> None:
+    """Constants at the reads are folded into the weights there."""
+    generator = torch.Generator().manual_seed(seed)
+    multipliers = {
+        group.name: torch.rand(group.size, generator=generator, dtype=torch.float64) + 0.5
+        for group in compiled.analysis.groups
+        if group.foldable
+    }
+    arguments = (compiled.gm, compiled.analysis, compiled.plan)
+    masked = apply_mask(*arguments, multipliers=multipliers)
+    sliced = rewrite(*arguments, multipliers=multipliers)
+    assert_close(run(masked, inputs), run(sliced, inputs), "multipliers")
+
+
+def check_identity(compiled: Compiled, inputs: Inputs, seed: int = 0) -> None:
+    """The empty plan changes nothing."""
+    whole = PruningPlan({})
+    for network in (
+        rewrite(compiled.gm, compiled.analysis, whole),
+        apply_mask(compiled.gm, compiled.analysis, whole),
+        rewrite(
+            compiled.gm,
+            compiled.analysis,
+            PruningPlan({g.name: range(g.size) for g in compiled.analysis.groups}),
+        ),
+    ):
+        assert_close(run(compiled.gm, inputs), run(network, inputs), "empty plan", tolerance=0.0)
+
+
+def check_pickle(compiled: Compiled, inputs: Inputs) -> None:
+    """Traced, masked and sliced graphs survive pickling, in both modes."""
+    if any(is_parametrized(module) for module in compiled.gm.modules()):
+        return  # torch refuses
+    for network in (compiled.gm, compiled.masked, compiled.sliced):
+        twin = pickle.loads(pickle.dumps(network))
+        for mode in (True, False):
+            results = [
+                copy.deepcopy(n).train(mode)(*(x.clone() for x in inputs)) for n in (network, twin)
+            ]
+            assert_close(*results, "pickle", tolerance=0.0)
+
+
+Law: TypeAlias = Callable[[Compiled, Inputs, int], None]
+LAWS: tuple[Law, ...] = (
+    sliced_equals_masked,
+    pruned_again,
+    check_close,
+    check_costs,
+    check_multipliers,
+    check_identity,
+)
+
+
+def run(network: nn.Module, inputs: Inputs) -> Any:
+    """Outputs in eval mode."""
+    with torch.no_grad():
+        return network.eval()(*(x.clone() for x in inputs))
+
+
+def assert_close(
+    expected: Any, actual: Any, what: str, *, joint: bool = False, tolerance: float = TOLERANCE
+) -> None:
+    """Equal to rounding, relative to the largest entry of each tensor (`joint`: of them all)."""
+    pairs = list(zip(_tensors(expected), _tensors(actual), strict=True))
+    largest = max((float(e.detach().abs().max()) for e, _ in pairs if e.numel()), default=0.0)
+    for e, a in pairs:
+        assert e.shape == a.shape, f"{what}: shapes {tuple(e.shape)} and {tuple(a.shape)}"
+        assert torch.isfinite(e).all(), f"{what}: not finite"
+        if e.numel():
+            scale = largest if joint else float(e.detach().abs().max())
+            error = float((e - a).detach().abs().max())
+            assert error <= tolerance * scale, f"{what}: differ by {error:.2e} of {scale:.2e}"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _outputs_and_gradients(
+    network: nn.Module, inputs: Inputs, train: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    network.train(train)
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    # A leaf may not be modified in place, which the first operator of a network may do.
+    outputs = _tensors(network(*(x * 1.0 if x.requires_grad else x for x in leaves)))
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros((), dtype=torch.float64)
+    for output in outputs:
+        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        total = total + (output * weight).sum()
+    if total.requires_grad:
+        total.backward()
+    gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves]
+    return [o.detach() for o in outputs], gradients
+
+
+__all__ = [
+    "Between",
+    "RuleTestCase",
+    "check_model",
+    "check_rule",
+    "random_plan",
+    "randomize",
+]

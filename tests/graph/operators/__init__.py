@@ -1,0 +1,25 @@
+"""The operators of random networks, one file per family: importing this registers all of them."""
+
+from tests.graph.generator import OPERATORS
+from tests.graph.operators import (
+    combine,
+    elementwise,
+    indexing,
+    layers,
+    movement,
+    normalization,
+    spatial,
+    unknown,
+)
+
+__all__ = [
+    "OPERATORS",
+    "combine",
+    "elementwise",
+    "indexing",
+    "layers",
+    "movement",
+    "normalization",
+    "spatial",
+    "unknown",
+]
