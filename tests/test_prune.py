@@ -66,6 +66,34 @@ def tiny(**options: object) -> dict[str, object]:
     return {"recursion": Recursion(epochs=1), "recovery": FineTune(epochs=0), **options}
 
 
+class TestNormalization:
+    """A network of which all channels are normalised together."""
+
+    @pytest.fixture(scope="class")
+    def normed(self) -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(1, 8), nn.ReLU(), nn.AvgPool2d(3)]
+        return trained(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)), BATCHES).eval()
+
+    def test_frozen_by_default(self, normed) -> None:
+        with pytest.raises(NothingToPruneError, match="normalization='exact' would let them go"):
+            prune(normed, **tiny())
+
+    def test_exact(self, normed) -> None:
+        result = prune(normed, **tiny(target=HALF, normalization="exact"))
+        assert result.report.verification_error < 1e-9
+        assert result.model.get_submodule("1").original_count == 8
+        assert result.model.get_submodule("0").out_channels <= 4
+        assert "NOT EXACT" not in str(result.report)
+
+    def test_sliced(self, normed) -> None:
+        result = prune(normed, **tiny(target=HALF, normalization="sliced"))
+        assert result.report.inexact == ("1",)
+        assert result.report.verification_error > 1e-6
+        assert type(result.model.get_submodule("1")) is nn.GroupNorm
+        assert "NOT EXACT" in str(result.report)
+
+
 class TestResult:
     def test_it_is_a_smaller_graph_that_still_solves_the_task(self, dense, result) -> None:
         assert isinstance(result.model, fx.GraphModule)

@@ -57,6 +57,13 @@ kept whole: head (output of the model)"""
     )
 
 
+def test_what_is_not_exact_is_said() -> None:
+    text = str(dataclasses.replace(REPORT, verification_error=0.031, inexact=("norm1", "norm2")))
+    assert "NOT EXACT: sliced differs from masked by 3.1e-02 (relative)" in text
+    assert "normalization='sliced' cut norm1, norm2" in text
+    assert "equals" not in text
+
+
 def test_what_is_unknown_is_left_out() -> None:
     report = with_accuracy(None, None, target=None, frozen={}, accuracy_after_cut=None)
     text = str(report)

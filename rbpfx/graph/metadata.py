@@ -6,6 +6,8 @@ Nothing is computed and no memory is needed. The value of a node is in `node.met
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -75,10 +77,12 @@ def compute(node: fx.Node, root: nn.Module, mode: FakeTensorMode) -> Any:
         return mode.from_tensor(value) if isinstance(value, Tensor) else value
     with mode, torch.no_grad():
         if node.op == "call_module":
-            return _call_module(root.get_submodule(str(node.target)), args, kwargs, mode)
+            module = root.get_submodule(str(node.target))
+            return _call(_faked(module, mode), module, args, kwargs, mode)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        assert callable(node.target)
+        return _call(node.target, node.target, args, kwargs, mode)
 
 
 def _fetch(root: nn.Module, name: str) -> Any:
@@ -88,18 +92,28 @@ def _fetch(root: nn.Module, name: str) -> Any:
     return value
 
 
-def _call_module(module: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
-    """Call a module with fake tensors; if its Python code refuses them, with tensors of ones."""
+def _call(
+    fake: Callable[..., Any], real: Callable[..., Any], args: Any, kwargs: Any, mode: FakeTensorMode
+) -> Any:
+    """Call with fake tensors; code of users that asks for their data gets tensors of ones."""
     try:
-        return _faked(module, mode)(*args, **kwargs)
+        return fake(*args, **kwargs)
     except Exception as refusal:
+        if not isinstance(real, (nn.Module, FunctionType)) or _is_of_torch(real):
+            raise
         try:
             with unset_fake_temporarily():
-                real = tree_map(_ones, (args, kwargs))
-                result = copy.deepcopy(module).eval()(*real[0], **real[1])
+                args, kwargs = tree_map(_ones, (args, kwargs))
+                real = copy.deepcopy(real).eval() if isinstance(real, nn.Module) else real
+                result = real(*args, **kwargs)
         except Exception:
             raise refusal from None
         return tree_map(lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v, result)
+
+
+def _is_of_torch(called: nn.Module | FunctionType) -> bool:
+    home = called if isinstance(called, FunctionType) else type(called)
+    return (home.__module__ or "").startswith("torch.")
 
 
 def _faked(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -191,7 +191,8 @@ class _Merger:
         }:
             return node
         name = str(getattr(node.target, "__name__", node.target))
-        if node.op == "call_module" or not (name in _OPERATORS or hasattr(torch.Tensor, name)):
+        is_method = name.endswith("_") and hasattr(Tensor, name)
+        if node.op == "call_module" or not (name in _OPERATORS or is_method):
             raise CaptureError(
                 f"{node.name!r} modifies a value in place in one of train and eval mode only; "
                 "use the operator that returns a new tensor, or keep the module around it whole "

@@ -363,7 +363,9 @@ class Propagation:
     def run(self) -> Propagation:
         """Visit every node once, in order."""
         for node in self.gm.graph.nodes:
-            if node.op == "placeholder" or not self._activations.isdisjoint(node.all_input_nodes):
+            depends = not self._activations.isdisjoint(node.all_input_nodes)
+            # Sizes of an activation say nothing about its values.
+            if node.op == "placeholder" or (depends and not _is_size(node.meta.get("val"))):
                 self._activations.add(node)
             if node.op == "get_attr":
                 self.labels[node] = self._attribute_label(node)
@@ -400,7 +402,7 @@ class Propagation:
         touched = [self.labels[n] for n in node.all_input_nodes if self.labels.get(n) is not None]
         if touched and any(label.blocks for labels in touched for label in _flat(labels)):
             self.unknown[node] = name
-        reason = f"no rule for {name} (node {node.name!r})"
+        reason = node.meta.get("kept_whole") or f"no rule for {name} (node {node.name!r})"
         for labels in touched:
             self.pin(labels, reason)
         if node.op == "call_module":
@@ -480,6 +482,10 @@ def unfollowed(node: fx.Node) -> Labels:
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
         return tuple(Label(tuple(v.shape)) if isinstance(v, Tensor) else None for v in value)
     return None
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, (int, float, torch.Size, torch.dtype, torch.device))
 
 
 def _flat(labels: Labels) -> tuple[Label, ...]:

@@ -42,6 +42,7 @@ from rbpfx.graph.values import (
 
 LeafModule = type[nn.Module] | str
 DECOMPOSITIONS = getattr(_d, "DECOMPOSITIONS", {})
+CONSTANT = "_tensor_constant"  # what torch.fx calls tensors that a forward makes
 _LOCK = threading.RLock()
 _LOOKAHEAD = 64
 
@@ -129,7 +130,8 @@ class ValueTracer(GraphTracer):
         self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
     ) -> fx.Graph:
         """Trace the model."""
-        with _LOCK, _custom_autograd_functions_refused():
+        assert isinstance(root, nn.Module)
+        with _LOCK, _custom_autograd_functions_refused(), _attributes_kept(root):
             graph = super().trace(root, concrete_args)
         _drop_unused_numbers(graph)
         return graph
@@ -284,12 +286,12 @@ class _Values:
 
     def of(self, node: fx.Node) -> Any:
         """The example value of a new node."""
-        if node.op == "placeholder":
-            return self.tracer.supplied[str(node.target)]
         twin = self._twin(node)
         if twin is not None:
             self._twins[node] = twin
             return twin.meta["val"]
+        if node.op == "placeholder":
+            return self.tracer.supplied[str(node.target)]
         self.computing = True
         try:
             return compute(node, self.tracer.root, self.tracer.mode)
@@ -326,13 +328,27 @@ def _positional(signature: inspect.Signature, names: list[str]) -> list[str]:
 
 def _drop_unused_numbers(graph: fx.Graph) -> None:
     """Remove what only Python asked for: sizes and other numbers that no node uses."""
+    numbers = (int, float, str, torch.Size, torch.dtype, torch.device)
     for node in reversed(list(graph.nodes)):
-        is_tensor = isinstance(node.meta.get("val"), (Tensor, list, tuple)) and not isinstance(
-            node.meta["val"], torch.Size
-        )
-        if not node.users and not is_tensor and node.target is not assume:
-            if node.op in ("call_function", "call_method"):
-                graph.erase_node(node)
+        is_call = node.op in ("call_function", "call_method")
+        if is_call and not node.users and isinstance(node.meta["val"], numbers):
+            graph.erase_node(node)
+
+
+@contextmanager
+def _attributes_kept(root: nn.Module) -> Iterator[None]:
+    """Take back what forwards store in their modules: here proxies, useless after the trace."""
+    before = {m: {k: _shallow(v) for k, v in vars(m).items()} for m in root.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            constants = {k: v for k, v in vars(module).items() if k.startswith(CONSTANT)}
+            module.__dict__ = {**attributes, **constants}
+
+
+def _shallow(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list, set)) else value
 
 
 @contextmanager

@@ -211,23 +211,23 @@ class Picks(nn.Module):
         return x * x[:, 1].unsqueeze(1)
 
 
-class Sums(nn.Module):
+class Compares(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x / x.sum(1, keepdim=True)
+        return x - x.amax(1, keepdim=True)
 
 
-class Sorts(nn.Module):
+class Renorms(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.cumsum(1)
+        return x.renorm(2, 1, 1.0)
 
 
 @pytest.mark.parametrize(
     ("last", "reason", "unknown"),
     [
         (Picks(), "picked by its number", {}),
-        (Sums(), "reduction over channels", {}),
-        (Sorts(), "no rule for Tensor.cumsum", {"cumsum": "Tensor.cumsum"}),
-        (nn.GroupNorm(2, 4), "no rule for GroupNorm", {"last": "GroupNorm"}),
+        (Compares(), "Tensor.amax over channels ('amax')", {}),
+        (Renorms(), "no rule for Tensor.renorm", {"renorm": "Tensor.renorm"}),
+        (nn.GroupNorm(1, 4), "GroupNorm over channels ('last')", {}),
     ],
 )
 def test_frozen_axes_say_why(last: nn.Module, reason: str, unknown: dict[str, str]) -> None:

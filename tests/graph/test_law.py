@@ -25,6 +25,7 @@ from rbpfx.graph.rules import (
     movement,
     normalization,
     reduction,
+    softmax,
     spatial,
 )
 from tests.graph.generator import random_inputs, random_program
@@ -170,6 +171,22 @@ MUTATIONS: dict[str, tuple[Mutation, list[str]]] = {
             reduction.Reduce, "propagate", lambda self, n, s: wrong_reduction(n, s)
         ),
         ["reduction"],
+    ),
+    "mean over fewer channels": (
+        lambda m: m.setattr(reduction.Mean, "rewrite", nothing),
+        ["channel_reduction", "spatial_attention"],
+    ),
+    "normalisation treated as element-wise": (
+        lambda m: m.setattr(normalization.Mixing, "statistics", lambda s, n, state, x, d: x),
+        ["layer_norm"],
+    ),
+    "GroupNorm that keeps its groups": (
+        lambda m: m.setattr(normalization.GroupNorm, "rewrite", nothing),
+        ["group_norm"],
+    ),
+    "softmax treated as element-wise": (
+        lambda m: m.setattr(softmax.Along, "propagate", kept_label),
+        ["softmax"],
     ),
     "concatenation in the wrong order": (
         lambda m: m.setattr(

@@ -122,8 +122,10 @@ class Concatenate(Rule):
         labels = _sequence(argument(node, 0, "tensors"), state)
         shape = shape_of(node)
         dim = int(value_of(argument(node, 1, "dim", 0))) % len(shape)
-        if any(len(block.dims) > 1 for label in labels for block in _over(label, dim)):
-            labels = [state.collapse(label, {dim}, "concatenated") for label in labels]
+        joint = {d for label in labels for b in _over(label, dim) for d in b.dims} - {dim}
+        if joint:
+            ended = joint if state.attention == "positions" else {dim}
+            labels = [state.collapse(label, ended, "concatenated") for label in labels]
         followed = any(label.block(dim) is not None for label in labels)
         axis = [state.axis(label, dim, "concatenated") for label in labels] if followed else []
         others = broadcast(

@@ -295,7 +295,8 @@ class Pad(Rule):
         constant = _is_constant(node, state.gm)
         blocks = []
         for block in label.blocks:
-            padded = {d: p for d, p in _amounts(node, state.gm, label).items() if d in block.dims}
+            amounts = _amounts(node, state.gm, label).items()
+            padded = {d: amount for d, amount in amounts if d in block.dims and any(amount)}
             if not padded:
                 blocks.append(block)
             elif len(block.dims) > 1 or not constant:

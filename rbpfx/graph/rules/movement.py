@@ -31,19 +31,17 @@ def reshape(state: Propagation, label: Label, shape: Sequence[int], reason: str)
     """Label of `tensor.reshape(shape)`.
 
     The axes fall into runs of equal size before and after; within a run, atoms are reshaped like
-    the data. Where two followed axes fall into one run no single identity is left: they pin.
+    the data. Of two blocks that fall into one run only one is followed on.
     """
     runs = _runs(label.shape, tuple(shape))
     for old, _ in runs:
         label = _merged_with_unfollowed(state, label, old, reason)
+        label = _one_block(state, label, old, reason)
     blocks = [] if state.unit == "channel" else _flattened_channels(state, label, shape, runs)
     for block in label.blocks:
         touched = [run for run in runs if set(run[0]) & set(block.dims)]
         old = [d for before, _ in touched for d in before]
         new = [d for _, after in touched for d in after]
-        if any(set(old) & set(other.dims) for other in label.blocks if other is not block):
-            state.identities.pin(block.atoms, f"{reason} mixes followed axes")
-            continue
         full = np.broadcast_to(block.aligned(old), [label.shape[d] for d in old])
         atoms = full.reshape([shape[d] for d in new])
         varies = [a for a in range(atoms.ndim) if (atoms != atoms.take([0], axis=a)).any()]
@@ -70,6 +68,17 @@ def _merged_with_unfollowed(
     straddling = [b for b in label.blocks if set(b.dims) & set(old) and not set(b.dims) <= set(old)]
     dims = {d for block in straddling for d in block.dims if d in old}
     return state.collapse(label, dims, f"{reason} merges followed axes with others")
+
+
+def _one_block(state: Propagation, label: Label, old: Sequence[int], reason: str) -> Label:
+    """End all blocks but one of those that lie in a run: an index has one identity."""
+    dims = sorted(d for block in label.blocks for d in block.dims if d in old)
+    if not dims:
+        return label
+    followed = label.block(state.unit_axis(dims))
+    assert followed is not None
+    ended = set(dims) - set(followed.dims)
+    return state.collapse(label, ended, f"{reason} mixes followed axes")
 
 
 def _flattened_channels(

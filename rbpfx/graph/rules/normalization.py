@@ -128,7 +128,8 @@ class Mixing(Rule):
         for block in passing:
             if dims.issuperset(block.dims):
                 name = str(node.target) if node.op == "call_module" else node.name
-                state.inexact[name] = block.atoms
+                known = state.inexact.get(name, block.atoms[:0])
+                state.inexact[name] = np.concatenate([known, block.atoms])
         entangled = state.collapse(Label(label.shape, entangled), dims, "normalised").blocks
         return Label(label.shape, (*passing, *entangled))
 

@@ -6,8 +6,6 @@ channels have gone they become an `index_select`, or run at the original width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
@@ -53,9 +51,9 @@ class PerAxis(Rule):
         offset = len(shape_of(node)) - label.ndim
         blocks = []
         for block in label.blocks:
-            positions = [_positions(node, state.gm, label, dim) for dim in block.dims]
+            orders = [self.order(node, state.gm, dim, label.shape) for dim in block.dims]
             dims = tuple(dim + offset for dim in block.dims)
-            blocks.append(Block(dims, block.atoms[np.ix_(*positions)]))
+            blocks.append(Block(dims, block.atoms[np.ix_(*orders)]))
         return Label(shape_of(node), tuple(blocks))
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
@@ -64,14 +62,19 @@ class PerAxis(Rule):
         chosen: dict[int, Atoms] = {}
         for dim, size in state.changed_sizes(label).items():
             keep = state.kept_along(label, dim)
-            wanted = _positions(node, state.source, label, dim)
-            wanted = (np.cumsum(keep) - 1)[wanted[keep[wanted]]]
-            if not _does(node, state.source, label, dim, size, wanted):
+            order = self.order(node, state.source, dim, label.shape)
+            wanted = (np.cumsum(keep) - 1)[order[keep[order]]]
+            left = tuple(size if d == dim else n for d, n in enumerate(label.shape))
+            if not np.array_equal(self.order(node, state.source, dim, left), wanted):
                 chosen[dim] = wanted
         if not chosen:
             return
-        twin = state.twin(node)
-        if label.shape == shape_of(node) and self._is_identity_but(chosen, node, state, label):
+        others = [dim for dim in range(label.ndim) if dim not in chosen]
+        if label.shape == shape_of(node) and all(
+            (self.order(node, state.source, dim, label.shape) == np.arange(label.shape[dim])).all()
+            for dim in others
+        ):
+            twin = state.twin(node)
             value = tensor_input(twin)
             for dim, positions in chosen.items():
                 value = state.select(twin, value, dim, positions)
@@ -80,37 +83,27 @@ class PerAxis(Rule):
             state.widen(node, tensor_input(node))
             state.narrow(node)
 
-    def _is_identity_but(
-        self, chosen: Mapping[int, Atoms], node: fx.Node, state: Slicing, label: Label
-    ) -> bool:
-        return all(
-            np.array_equal(_positions(node, state.source, label, dim), np.arange(size))
-            for dim, size in enumerate(label.shape)
-            if dim not in chosen
+    def order(self, node: fx.Node, gm: fx.GraphModule, dim: int, shape: tuple[int, ...]) -> Atoms:
+        """Which index of an axis every index of it in the result comes from: by running it."""
+        probe = torch.arange(float(shape[dim]))
+        result = call_on(
+            node, gm, probe.reshape([-1 if d == dim else 1 for d in range(len(shape))])
         )
+        axis = dim + result.ndim - len(shape)
+        index = tuple(slice(None) if d == axis else 0 for d in range(result.ndim))
+        return np.asarray(result[index].numpy().astype(np.int64))
 
 
-def _positions(node: fx.Node, gm: fx.GraphModule, label: Label, dim: int) -> Atoms:
-    """Which index of an axis every index of it in the result comes from: by running it."""
-    return _run(node, gm, label, dim, label.shape[dim])
+class ChannelShuffle(PerAxis):
+    """Interleaves groups of channels."""
 
-
-def _run(node: fx.Node, gm: fx.GraphModule, label: Label, dim: int, size: int) -> Atoms:
-    probe = torch.arange(float(size)).reshape([-1 if d == dim else 1 for d in range(label.ndim)])
-    result = call_on(node, gm, probe)
-    axis = dim + result.ndim - label.ndim
-    index = tuple(slice(None) if d == axis else 0 for d in range(result.ndim))
-    return np.asarray(result[index].numpy().astype(np.int64))
-
-
-def _does(
-    node: fx.Node, gm: fx.GraphModule, label: Label, dim: int, size: int, wanted: Atoms
-) -> bool:
-    """Whether the operator, run on the shorter axis, moves what is left to the right places."""
-    try:
-        return np.array_equal(_run(node, gm, label, dim, size), wanted)
-    except RuntimeError:
-        return False  # it does not run, as a size that the number of groups does not divide
+    def order(self, node: fx.Node, gm: fx.GraphModule, dim: int, shape: tuple[int, ...]) -> Atoms:
+        """Which index of an axis every index of it in the result comes from."""
+        order = np.arange(shape[dim])
+        groups = int(value_of(setting(node, gm, 1, "groups", 1)))
+        if dim == 1 and shape[dim] % groups == 0:
+            return order.reshape(groups, -1).T.ravel()
+        return order if dim != 1 else order[:0]  # it does not run
 
 
 class PixelShuffle(Rule):
@@ -200,10 +193,10 @@ class Rotate(Rule):
         return Label(shape_of(node), label.blocks)
 
 
-_per_axis = PerAxis()
-register(_per_axis, torch.flip, torch.fliplr, torch.flipud, "flip", "fliplr", "flipud")
-register(_per_axis, torch.tile, "tile", "repeat")
-register(_per_axis, nn.ChannelShuffle, torch.channel_shuffle, F.channel_shuffle)
+_PER_AXIS = PerAxis()
+register(_PER_AXIS, torch.flip, torch.fliplr, torch.flipud, "flip", "fliplr", "flipud")
+register(_PER_AXIS, torch.tile, "tile", "repeat")
+register(ChannelShuffle(), nn.ChannelShuffle, torch.channel_shuffle, F.channel_shuffle)
 register(PerAxis("dims"), torch.roll, "roll")
 register(PerAxis("dim"), torch.repeat_interleave, "repeat_interleave")
 register(PixelShuffle(), nn.PixelShuffle, F.pixel_shuffle)

@@ -4,10 +4,12 @@ from tests.graph.generator import OPERATORS
 from tests.graph.operators import (
     combine,
     elementwise,
+    gathering,
     indexing,
     layers,
     movement,
     normalization,
+    rearrangement,
     spatial,
     unknown,
 )
@@ -16,10 +18,12 @@ __all__ = [
     "OPERATORS",
     "combine",
     "elementwise",
+    "gathering",
     "indexing",
     "layers",
     "movement",
     "normalization",
+    "rearrangement",
     "spatial",
     "unknown",
 ]

@@ -316,13 +316,8 @@ def test_positions_of_grouped_queries(mix: Mixing) -> None:
 
 def test_a_single_key_value_head_leaves_query_heads_free() -> None:
     model = attention(repeated_inside, heads=4, kv_heads=1)
-    check(model, groups={"q": 4, "v": WIDTH})
+    check(model, groups={"q": 4})
     check(model, groups={"q": WIDTH, "v": WIDTH}, attention="positions")
-
-
-def angles(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    angle = torch.cat([self.angles, self.angles], dim=-1)
-    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -339,7 +334,8 @@ def rotary(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_rotary_embeddings(attention_unit: str) -> None:
     model = attention(rotary)
     model.register_buffer("angles", torch.randn(TOKENS, WIDTH // 2).repeat(1, 2))
-    groups = {"heads": {"q": HEADS}, "positions": {"q": HEADS}}[attention_unit]
+    pairs = {"q": WIDTH // 2, "v": WIDTH}
+    groups = {"q": HEADS} if attention_unit == "heads" else pairs
     check(model, groups=groups, attention=attention_unit)
 
 
@@ -394,7 +390,7 @@ def test_embeddings_of_buckets() -> None:
     model = attention(bucketed)
     model.buckets = nn.Embedding(6, HEADS)
     model.register_buffer("index", torch.randint(0, 6, (TOKENS, TOKENS)))
-    compiled = check(model, groups={"buckets": HEADS})
+    compiled = check(model, groups={"q": HEADS})
     assert compiled.analysis.groups[0].producers == ("q", "k", "v", "buckets")
 
 
@@ -462,8 +458,8 @@ def gated(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def test_gates_between_content_and_position() -> None:
     model = attention(gated)
-    model.place, model.gate = nn.Linear(3, HEADS), nn.Parameter(torch.ones(HEADS))
-    model.register_buffer("relative", torch.randn(1, TOKENS, TOKENS, 3))
+    model.place, model.gate = nn.Linear(4, HEADS), nn.Parameter(torch.ones(HEADS))
+    model.register_buffer("relative", torch.randn(1, TOKENS, TOKENS, 4))
     check(model, groups={"q": HEADS})
 
 
