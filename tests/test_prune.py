@@ -53,6 +53,14 @@ def dense() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
+def normed() -> nn.Module:
+    """A network of which all channels are normalised together."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(1, 8), nn.ReLU(), nn.AvgPool2d(3)]
+    return trained(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)), BATCHES).eval()
+
+
+@pytest.fixture(scope="module")
 def result(dense: nn.Module) -> PruningResult:
     return prune(dense, target=HALF, val_loader=BATCHES)
 
@@ -67,14 +75,6 @@ def tiny(**options: object) -> dict[str, object]:
 
 
 class TestNormalization:
-    """A network of which all channels are normalised together."""
-
-    @pytest.fixture(scope="class")
-    def normed(self) -> nn.Module:
-        torch.manual_seed(0)
-        layers = [nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(1, 8), nn.ReLU(), nn.AvgPool2d(3)]
-        return trained(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3)), BATCHES).eval()
-
     def test_frozen_by_default(self, normed) -> None:
         with pytest.raises(NothingToPruneError, match="normalization='exact' would let them go"):
             prune(normed, **tiny())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import fx, nn
+from torch import nn
 
-from rbpfx.graph.groups import example_batch
 from rbpfx.graph.modes import evaluated_nodes
+from rbpfx.graph.parts import captured_parts, example_batch
 from rbpfx.graph.rules.base import find_rule
 
 
-def count_macs(gm: fx.GraphModule) -> int:
+def count_macs(gm: nn.Module) -> int:
     """Multiply-accumulates per example of a graph with metadata.
 
     Convolutions and linear layers count; a bias, a BatchNorm or an activation does not, as is
@@ -21,8 +21,10 @@ def count_macs(gm: fx.GraphModule) -> int:
     Returns:
         MACs of eval mode for one example of the size that the graph was captured with.
     """
-    rules = ((node, find_rule(node, gm)) for node in evaluated_nodes(gm.graph))
-    total = sum(rule.macs(node, gm) for node, rule in rules if rule is not None)
+    total = 0
+    for part in captured_parts(gm).values():
+        rules = ((node, find_rule(node, part)) for node in evaluated_nodes(part.graph))
+        total += sum(rule.macs(node, part) for node, rule in rules if rule is not None)
     return total // example_batch(gm)
 
 

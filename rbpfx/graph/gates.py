@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from rbpfx.errors import RbpfxError
 from rbpfx.graph.aliasing import Memory
 from rbpfx.graph.calls import call_leaf
-from rbpfx.graph.groups import Analysis, ChannelGroup, example_batch
+from rbpfx.graph.groups import Analysis, ChannelGroup
+from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.propagation import Read
 from rbpfx.graph.provenance import Atoms
 from rbpfx.graph.rules.base import shape_of
@@ -46,8 +47,8 @@ class ConstantGate(nn.Module):
 
 
 def insert_gates(
-    gm: fx.GraphModule, analysis: Analysis, gates: Mapping[str, nn.Module]
-) -> fx.GraphModule:
+    gm: nn.Module, analysis: Analysis, gates: Mapping[str, nn.Module]
+) -> nn.Module:
     """Multiply the channels of groups by the output of their gates, at every read.
 
     Args:
@@ -59,18 +60,23 @@ def insert_gates(
         A new graph. Every gate is called once, so all reads of a group see the same draw; it is
         drawn per example where every read has the examples on axis 0, else once per call.
     """
-    if hasattr(gm, CONTAINER):
+    if any(hasattr(part, CONTAINER) for part in captured_parts(gm).values()):
         raise RbpfxError(f"the network has gates already (submodule {CONTAINER!r})")
-    return _Inserter(copy.deepcopy(gm), analysis, gates).insert()
+    gated = copy.deepcopy(gm)
+    analysed = captured_parts(analysis.gm).values()
+    chosen = {analysis.group(name): gate for name, gate in gates.items()}
+    for original, part in zip(analysed, captured_parts(gated).values(), strict=True):
+        _Inserter(original, part, analysis, chosen).insert()
+    return gated
 
 
 def apply_mask(
-    gm: fx.GraphModule,
+    gm: nn.Module,
     analysis: Analysis,
     plan: PruningPlan,
     *,
     multipliers: Multipliers | None = None,
-) -> fx.GraphModule:
+) -> nn.Module:
     """The reference meaning of a plan: removed units are multiplied by 0 where they are read.
 
     Args:
@@ -129,45 +135,48 @@ class _Inserter:
     """One pass that adds the gates and multiplications to a graph."""
 
     def __init__(
-        self, gm: fx.GraphModule, analysis: Analysis, gates: Mapping[str, nn.Module]
+        self,
+        analysed: fx.GraphModule,
+        gm: fx.GraphModule,
+        analysis: Analysis,
+        gates: Mapping[ChannelGroup, nn.Module],
     ) -> None:
         self.gm = gm
         self.graph = gm.graph
         self.analysis = analysis
         self.gates = gates
         # Copies of a graph hold the same nodes in the same order.
-        pairs = zip(analysis.gm.graph.nodes, list(gm.graph.nodes), strict=True)
+        pairs = zip(analysed.graph.nodes, list(gm.graph.nodes), strict=True)
         self.twins: dict[fx.Node, fx.Node] = dict(pairs)
-        self.batch = example_batch(gm)
         self.outputs: dict[int, fx.Node] = {}
         self.products: dict[Any, fx.Node] = {}
         self.read_values: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
-        self.memory = Memory(analysis.gm)
+        self.memory = Memory(analysed)
         self.device = _device(gm)
 
-    def insert(self) -> fx.GraphModule:
+    def insert(self) -> None:
         self.gm.add_module(CONTAINER, nn.Module())
         container = self.gm.get_submodule(CONTAINER)
-        groups = {self.analysis.group(name): gate for name, gate in self.gates.items()}
         for index, group in enumerate(self.analysis.groups):
-            if group in groups:
+            if group in self.gates and any(read.node in self.twins for read in group.reads):
                 name = group.name.replace(".", "_").replace("#", "_")
                 while hasattr(container, name):
                     name += "_"
-                container.add_module(name, groups[group])
+                container.add_module(name, self.gates[group])
                 self.outputs[index] = self._sampling_node(group, f"{CONTAINER}.{name}")
         for read in self.analysis.reads:
-            self._multiply(read)
+            if read.node in self.twins:
+                self._multiply(read)
         self.graph.lint()
         self.gm.recompile()
-        return self.gm
 
     def _sampling_node(self, group: ChannelGroup, target: str) -> fx.Node:
         """Call the gate as soon as the inputs of the model are there."""
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         tensors = [n for n in placeholders if getattr(n.meta.get("val"), "ndim", 0) > 0]
         per_example = bool(tensors) and all(
-            read.dim > 0 and shape_of(read.source)[0] == self.batch for read in group.reads
+            read.dim > 0 and shape_of(read.source)[0] == shape_of(tensors[0])[0]
+            for read in group.reads
         )
         last = [*placeholders, *self.outputs.values()][-1]
         with self.graph.inserting_after(last):

@@ -13,9 +13,10 @@ from functools import cached_property
 import networkx as nx
 import numpy as np
 import numpy.typing as npt
-from torch import fx
+from torch import fx, nn
 
 from rbpfx.errors import PlanError, RbpfxError
+from rbpfx.graph.parts import captured_parts, example_batch
 from rbpfx.graph.propagation import Contraction, Labels, ParameterAxis, Propagation, Read
 from rbpfx.graph.provenance import Atoms, Block, Keep, Label, Solution
 from rbpfx.graph.shuffles import Shuffle, find_shuffles
@@ -86,13 +87,13 @@ class Analysis:
         self, state: Propagation, solution: Solution, shuffles: Sequence[Shuffle]
     ) -> None:
         self.shuffles = tuple(shuffles)
-        self.gm: fx.GraphModule = state.gm
+        self.gm: nn.Module = state.model
         self.reads: list[Read] = state.reads
         self.contractions: list[Contraction] = state.contractions
         self.labels: dict[fx.Node, Labels] = state.labels
         self.axes: dict[ParameterAxis, Atoms] = state.axes
         self.features: dict[ParameterAxis, Atoms] = state.features
-        self.unknown: dict[str, str] = {n.name: op for n, op in state.unknown.items()}
+        self.unknown: dict[str, str] = state.unknown
         self.channel = solution.channel
         self.group_of = np.full(len(self.channel), -1, dtype=np.int64)
         self.unit_of = np.full(len(self.channel), -1, dtype=np.int64)
@@ -281,7 +282,7 @@ class Analysis:
 
 
 def analyze(
-    gm: fx.GraphModule,
+    gm: nn.Module,
     *,
     unit: str = "channel",
     attention: str = "heads",
@@ -317,28 +318,30 @@ def analyze(
         raise RbpfxError(f"attention must be one of {ATTENTION_UNITS}, not {attention!r}")
     if normalization not in NORMALIZATIONS:
         raise RbpfxError(f"normalization must be one of {NORMALIZATIONS}, not {normalization!r}")
-    missing = [n.name for n in gm.graph.nodes if n.op == "placeholder" and "val" not in n.meta]
+    parts = captured_parts(gm)
+    if not parts:
+        raise RbpfxError(f"{type(gm).__name__} is no captured model; capture it with rbpfx.trace")
+    missing = [
+        node.name
+        for part in parts.values()
+        for node in part.graph.nodes
+        if node.op == "placeholder" and "val" not in node.meta
+    ]
     if missing:
         raise RbpfxError(
             f"the graph has no tensor metadata on {missing[0]!r}; capture it with rbpfx.trace"
         )
     state = Propagation(gm, unit, attention, normalization).run()
     solution = state.identities.solve()
-    shuffles = find_shuffles(state)
+    shuffles = []
+    for name, part in parts.items():
+        state.enter(name, part)
+        shuffles += find_shuffles(state)
     moved = {id(block) for shuffle in shuffles for block in shuffle.blocks}
     joint = [b for b in _blocks(state) if len(b.dims) > 1 and id(b) not in moved]
     while sum(_make_rectangular(state, solution, block) for block in joint):
         solution = state.identities.solve()
     return Analysis(state, solution, shuffles)
-
-
-def example_batch(gm: fx.GraphModule) -> int:
-    """Number of examples in the batch that the graph was captured with."""
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and getattr(value, "ndim", 0) > 0:
-            return int(value.shape[0])
-    return 1
 
 
 def _make_rectangular(state: Propagation, solution: Solution, block: Block) -> bool:

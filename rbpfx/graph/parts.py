@@ -40,7 +40,11 @@ def note_examples(gm: fx.GraphModule, count: int) -> None:
 
 def example_batch(model: nn.Module) -> int:
     """Number of examples in the batch that a model was captured with."""
-    return next((gm.meta[_EXAMPLES] for gm in captured_parts(model).values()), 1)
+    name, part = next(iter(captured_parts(model).items()))
+    if name:
+        return int(part.meta.get(_EXAMPLES, 1))
+    placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
+    return count_examples({n.name: n.meta.get("val") for n in placeholders})
 
 
 def count_examples(inputs: Mapping[str, Any]) -> int:

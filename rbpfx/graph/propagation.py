@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rbpfx.errors import RuleError
 from rbpfx.graph.aliasing import Memory
 from rbpfx.graph.modes import evaluated_nodes
+from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.provenance import Atoms, Block, Identities, Label
 from rbpfx.graph.rules.base import Rule, find_rule, operator_name, shape_of, submodule
 
@@ -106,7 +107,7 @@ class Propagation:
     """State of the walk over one graph.
 
     Attributes:
-        gm: The graph, with metadata.
+        model: The captured model, with metadata.
         unit: "channel", or "feature" to make flattened features units of their own.
         attention: "heads" or "positions", what a unit is where heads are contracted.
         normalization: "freeze", "exact" or "sliced", what becomes of axes that are normalised.
@@ -121,7 +122,7 @@ class Propagation:
             the channels they mix.
     """
 
-    gm: fx.GraphModule
+    model: nn.Module
     unit: str = "channel"
     attention: str = "heads"
     normalization: str = "freeze"
@@ -132,15 +133,15 @@ class Propagation:
     producers: dict[str, Atoms] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
-    unknown: dict[fx.Node, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     read_uses: Counter[ParameterAxis] = field(default_factory=Counter)
     inexact: dict[str, Atoms] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tensors = (
-            *self.gm.named_parameters(remove_duplicate=False),
-            *self.gm.named_buffers(remove_duplicate=False),
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
         )
         first: dict[int, str] = {}
         self._canonical = {name: first.setdefault(id(t), name) for name, t in tensors}
@@ -148,7 +149,14 @@ class Propagation:
         self._owners: list[ParameterAxis] = []
         self._starts: list[int] = []
         self._activations: set[fx.Node] = set()
-        self._evaluated = evaluated_nodes(self.gm.graph)
+        self._home: dict[str, str] = {}
+        self._evaluated: set[fx.Node] = set()
+        self.enter("", nn.Module())
+
+    def enter(self, name: str, gm: nn.Module) -> None:
+        """Turn to a part of the model: the one whose nodes rules are asked about."""
+        self.gm: Any = gm
+        self.prefix = f"{name}." if name else ""
 
     # -- what rules ask -------------------------------------------------------------------
 
@@ -175,7 +183,7 @@ class Propagation:
             tensor = getattr(submodule(self.gm, str(node.target)), name, None)
             if not isinstance(tensor, Tensor):
                 return None
-            qualified = f"{node.target}.{name}"
+            qualified = f"{self.prefix}{node.target}.{name}"
             canonical = self._canonical.get(qualified)
             if canonical is not None:
                 self.uses[canonical] += 1
@@ -194,10 +202,14 @@ class Propagation:
     def parameter_axis(self, name: str, dim: int, size: int) -> Atoms:
         """Atoms of a parameter's axis, created at its first use."""
         if (name, dim) not in self.axes:
+            self._home.setdefault(name, self.prefix)
             self.axes[name, dim] = atoms = self.identities.new(size)
             if size:
                 self._owners.append((name, dim))
                 self._starts.append(int(atoms[0]))
+        if self._home[name] != self.prefix:
+            reason = f"parameter {name!r} is used in several graphs"
+            self.identities.pin(self.axes[name, dim], reason)
         return self.axes[name, dim]
 
     def is_activation(self, node: fx.Node) -> bool:
@@ -214,11 +226,11 @@ class Propagation:
         """
         atoms = operand.axis(dim)
         if node.op == "call_module":
-            born = {str(node.target): atoms}
+            born = {f"{self.prefix}{node.target}": atoms}
         elif operand.name is not None:
             born = {operand.name: atoms}
         else:
-            born = self._parameters_of(atoms) or {node.name: atoms}
+            born = self._parameters_of(atoms) or {f"{self.prefix}{node.name}": atoms}
         for name, axis in born.items():
             if not np.array_equal(self.producers.setdefault(name, axis), axis):
                 self.producers[f"{name}[{dim}]"] = axis
@@ -361,8 +373,16 @@ class Propagation:
     # -- the walk -------------------------------------------------------------------------
 
     def run(self) -> Propagation:
-        """Visit every node once, in order."""
-        for node in self.gm.graph.nodes:
+        """Visit every node of every part once, in order."""
+        for name, gm in captured_parts(self.model).items():
+            self.enter(name, gm)
+            self._evaluated |= evaluated_nodes(gm.graph)
+            self._walk(gm)
+        self._pin_shared_features()
+        return self
+
+    def _walk(self, gm: fx.GraphModule) -> None:
+        for node in gm.graph.nodes:
             depends = not self._activations.isdisjoint(node.all_input_nodes)
             # Sizes of an activation say nothing about its values.
             if node.op == "placeholder" or (depends and not _is_size(node.meta.get("val"))):
@@ -374,13 +394,8 @@ class Propagation:
                     self.pin(self.labels.get(source), "output of the model")
             elif node.op != "placeholder":
                 self.labels[node] = self._step(node)
-        self._pin_entangled()
-        self._pin_shared_features()
-        return self
-
-    def _pin_entangled(self) -> None:
-        """Pin values that are changed in place through a view, and seen changed afterwards."""
-        for write, holders in Memory(self.gm).entangled():
+        # What is changed in place through a view, and seen changed afterwards, stays.
+        for write, holders in Memory(gm).entangled():
             for holder in holders:
                 self.pin(self.labels.get(holder), f"changed in place by {write.name!r}")
 
@@ -401,7 +416,7 @@ class Propagation:
         name = operator_name(node, self.gm)
         touched = [self.labels[n] for n in node.all_input_nodes if self.labels.get(n) is not None]
         if touched and any(label.blocks for labels in touched for label in _flat(labels)):
-            self.unknown[node] = name
+            self.unknown[f"{self.prefix}{node.name}"] = name
         reason = node.meta.get("kept_whole") or f"no rule for {name} (node {node.name!r})"
         for labels in touched:
             self.pin(labels, reason)
@@ -444,14 +459,15 @@ class Propagation:
         """Pin the parameters and buffers of a module."""
         module = self.gm.get_submodule(target)
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            canonical = self._canonical[f"{target}.{name}"]
+            canonical = self._canonical[f"{self.prefix}{target}.{name}"]
             self.uses[canonical] += 1
             for dim, size in enumerate(tensor.shape):
                 self.identities.pin(self.parameter_axis(canonical, dim, size), reason)
 
     def _attribute(self, node: fx.Node) -> str | None:
         """Canonical name of the parameter or buffer that a get_attr node fetches."""
-        return self._canonical.get(str(node.target)) if node.op == "get_attr" else None
+        name = f"{self.prefix}{node.target}"
+        return self._canonical.get(name) if node.op == "get_attr" else None
 
     def _attribute_label(self, node: fx.Node) -> Labels:
         name = self._attribute(node)
@@ -466,7 +482,8 @@ class Propagation:
         key = (source, dim)
         if key not in self._feature_atoms:
             self._feature_atoms[key] = self.identities.new(self.label(source).shape[dim])
-            reader = str(node.target) if node.op == "call_module" else axis[0]
+            called = f"{self.prefix}{node.target}"
+            reader = called if node.op == "call_module" else axis[0]
             self.producers[f"{reader}.features"] = self._feature_atoms[key]
         atoms = self._feature_atoms[key]
         if axis in self.features:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from rbpfx.errors import InputError, PlanError, RuleError
 from rbpfx.graph.metadata import record_metadata
+from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.provenance import Atoms, Keep, Label
 from rbpfx.graph.rules.base import find_rule, shape_of
 from rbpfx.plan import PruningPlan
@@ -31,12 +32,12 @@ Multipliers = Mapping[str, Tensor]
 
 
 def rewrite(
-    gm: fx.GraphModule,
+    gm: nn.Module,
     analysis: Analysis,
     plan: PruningPlan,
     *,
     multipliers: Multipliers | None = None,
-) -> fx.GraphModule:
+) -> nn.Module:
     """Emit the network that a plan leaves.
 
     Args:
@@ -59,25 +60,34 @@ def rewrite(
     for name, tensor in sliced_tensors(gm, analysis, keep, multipliers or {}).items():
         memo[id(_tensor(gm, name))] = tensor
     emitted = copy.deepcopy(gm, memo)
-    state = Slicing(gm, emitted, analysis, keep)
-    ragged = [shuffle for shuffle in analysis.shuffles if shuffle.is_ragged(keep)]
+    parts = [captured_parts(model).values() for model in (analysis.gm, gm, emitted)]
+    for analysed, source, part in zip(*parts, strict=True):
+        _rewrite_part(analysed, Slicing(analysed, source, part, analysis, keep), analysis)
+    return emitted
+
+
+def _rewrite_part(analysed: fx.GraphModule, state: Slicing, analysis: Analysis) -> None:
+    ragged = [
+        shuffle
+        for shuffle in analysis.shuffles
+        if shuffle.source.graph is analysed.graph and shuffle.is_ragged(state.keep)
+    ]
     moved = {node for shuffle in ragged for node in shuffle.nodes}
-    for node in analysis.gm.graph.nodes:
-        rule = find_rule(node, analysis.gm)
+    for node in analysed.graph.nodes:
+        rule = find_rule(node, analysed)
         if rule is not None and node not in moved:
             rule.rewrite(node, state)
     for shuffle in ragged:
         shuffle.rewrite(state)
-    emitted.graph.lint()
-    emitted.recompile()
+    state.gm.graph.lint()
+    state.gm.recompile()
     try:
-        record_metadata(emitted)
+        record_metadata(state.gm)
     except InputError as error:
         raise RuleError(
             f"the sliced network does not run, so an operator rule is wrong: {error} Exclude the "
             "part of the network with leaf_modules=[...] and please report the model."
         ) from error
-    return emitted
 
 
 def kept_indices(analysis: Analysis, keep: Keep) -> dict[str, dict[int, Atoms]]:
@@ -170,6 +180,7 @@ class Slicing:
 
     def __init__(
         self,
+        analysed: fx.GraphModule,
         source: fx.GraphModule,
         emitted: fx.GraphModule,
         analysis: Analysis,
@@ -181,7 +192,7 @@ class Slicing:
         self.labels: dict[fx.Node, Labels] = analysis.labels
         self._reads = {read.node: read for read in analysis.reads}
         # Copies of a graph hold the same nodes in the same order.
-        pairs = zip(analysis.gm.graph.nodes, emitted.graph.nodes, strict=True)
+        pairs = zip(analysed.graph.nodes, emitted.graph.nodes, strict=True)
         self._twins: dict[fx.Node, fx.Node] = dict(pairs)
 
     def twin(self, node: fx.Node) -> fx.Node:

@@ -15,7 +15,6 @@ from rbpfx.graph.rules.contraction import (
     Letters,
     contract,
     contraction_macs,
-    value_factor,
 )
 from rbpfx.graph.slicing import Slicing
 
@@ -33,7 +32,7 @@ class Attention(Rule):
         """Contract, collapse what the softmax mixes, contract again."""
         query, key, value = _operands(node)
         score_macs, value_macs = _macs(node)
-        queries = value_factor(state, query, _letters(query, "q", "d"))
+        queries = Factor(state.label(query), _letters(query, "q", "d"), query)
         keys = Factor(_repeated(node, key, state), _letters(key, "k", "d"), None)
         batch = _batch(max(len(queries.letters), len(keys.letters)))
         scores = contract(state, node, [queries, keys], (*batch, "q", "k"), score_macs)

@@ -45,7 +45,7 @@ class Factor:
         label: Its label.
         letters: The letter of every axis.
         source: The value that a multiplier can be put on; None if the operand is not read.
-        weight: The operand as a weight, if it is a parameter.
+        weight: The operand as a weight, if it is made of parameters alone.
     """
 
     label: Label
@@ -54,12 +54,11 @@ class Factor:
     weight: Operand | None = None
 
     def spans(self, letter: str) -> bool:
-        """Whether the operand has more than one index along a letter."""
-        return letter in self.letters and self.label.shape[self.letters.index(letter)] > 1
-
-    def parameter(self) -> Operand | None:
-        """The operand, if it is a parameter."""
-        return self.weight if self.weight is not None and self.weight.name is not None else None
+        """Whether the operand has an axis of its own along a letter, not one to be repeated."""
+        if letter not in self.letters:
+            return False
+        dim = self.letters.index(letter)
+        return self.label.shape[dim] > 1 or self.label.block(dim) is not None
 
 
 def contract(
@@ -104,9 +103,7 @@ def contract(
     return Label(tuple(shape[: len(result)]), tuple(kept))
 
 
-def _separated(
-    state: Propagation, factor: Factor, summed: list[str], shared: list[str]
-) -> Factor:
+def _separated(state: Propagation, factor: Factor, summed: list[str], shared: list[str]) -> Factor:
     """A factor whose blocks lie over one summed letter, or over none.
 
     Where positions are the units, a joint block over (heads, head_dim) is one over head_dim.
@@ -134,20 +131,16 @@ def _places(own: Letters, letters: Letters) -> dict[int, int]:
 def _produce(
     state: Propagation, node: fx.Node, factors: Sequence[Factor], result: Letters
 ) -> set[str]:
-    """Channels come to life along the axes that parameters alone bring into the result."""
-    values = [factor for factor in factors if factor.parameter() is None]
+    """Channels come to life along the axes that parameters alone bring into a result."""
+    values = [factor for factor in factors if factor.weight is None]
     made: set[str] = set()
     for factor in factors if values else ():
-        weight = factor.parameter()
-        for dim, letter in enumerate(factor.letters if weight is not None else ()):
-            if (
-                letter in result
-                and factor.spans(letter)
-                and not any(v.spans(letter) for v in values)
-            ):
-                assert weight is not None
-                state.produce(node, weight, dim)
-                made.add(letter)
+        for dim, letter in enumerate(factor.letters):
+            followed = letter in result and factor.label.block(dim) is not None
+            if factor.weight is None or not followed or any(v.spans(letter) for v in values):
+                continue
+            state.produce(node, factor.weight, dim)
+            made.add(letter)
     return made
 
 
@@ -157,17 +150,18 @@ def _read(
     """Record the read of a summed letter: one masked operand suffices, an activation rather."""
     spanning = [factor for factor in factors if factor.spans(letter)]
     readable = [factor for factor in spanning if factor.source is not None]
-    factor = min(readable, key=lambda f: f.parameter() is not None)
-    others = (f for f in spanning if f is not factor)
-    weights = ((f.parameter(), f.letters.index(letter)) for f in others)
-    axis = next((w.parameter_axis(dim) for w, dim in weights if w is not None), None)
+    factor = min(readable, key=lambda f: f.weight is not None)
+    weights = ((f.weight, f.letters.index(letter)) for f in spanning if f is not factor)
+    axes = (weight.parameter_axis(dim) for weight, dim in weights if weight is not None)
+    axis = next((axis for axis in axes if axis is not None), None)
     assert factor.source is not None
     state.add_read(Read(node, factor.source, factor.letters.index(letter), (block.atoms,), axis))
 
 
 def value_factor(state: Propagation, node: fx.Node, letters: Sequence[str]) -> Factor:
     """A value of the graph as a factor."""
-    return Factor(state.label(node), tuple(letters), node, state.value_operand(node))
+    weight = None if state.is_activation(node) else state.value_operand(node)
+    return Factor(state.label(node), tuple(letters), node, weight)
 
 
 class Contraction(Rule):

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+from torchvision import ops  # noqa: F401  (loads the operators of torchvision)
 
 from rbpfx.graph.propagation import Labels, Operand, Propagation
 from rbpfx.graph.provenance import Atoms, Block, Label
@@ -20,10 +21,9 @@ from rbpfx.graph.rules.base import (
     setting,
     shape_of,
     tensor_input,
+    value_of,
 )
 from rbpfx.graph.slicing import Slicing
-
-_GROUPS_POSITION = 6
 
 
 class Convolution(Rule):
@@ -35,15 +35,19 @@ class Convolution(Rule):
 
     Args:
         transposed: The weight is (in, out / groups, ...) instead of (out, in / groups, ...).
+        bias: Position of the bias in a call.
+        groups: Position of the number of groups.
     """
 
-    def __init__(self, transposed: bool) -> None:
+    def __init__(self, transposed: bool = False, bias: int = 2, groups: int = 6) -> None:
         self.transposed = transposed
+        self.bias = bias
+        self.groups = groups
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Read the input channels, produce the output channels, follow no spatial axis."""
         weight = state.operand(node, 1, "weight")
-        bias = state.operand(node, 2, "bias")
+        bias = state.operand(node, self.bias, "bias")
         assert weight is not None
         weight.pin_rest(0, 1)
         source = tensor_input(node)
@@ -64,7 +68,7 @@ class Convolution(Rule):
         return Label(shape_of(node), (Block((dim,), atoms),))
 
     def _full(self, node: fx.Node, inputs: Atoms, weight: Operand, state: Propagation) -> Atoms:
-        groups = _groups(node, state.gm)
+        groups = self._groups(node, state.gm)
         tie_groups(state, inputs, groups)
         if self.transposed:
             weight.bind(0, inputs)
@@ -87,7 +91,7 @@ class Convolution(Rule):
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
         """Name the new widths, and how many groups a depthwise convolution keeps."""
-        groups = _groups(node, state.source)
+        groups = self._groups(node, state.source)
         if self._is_depthwise(node, state.source):
             source = tensor_input(node)
             dim = _channel_dim(source, _weight_shape(node, state.source))
@@ -99,8 +103,8 @@ class Convolution(Rule):
             module.groups = groups
             module.in_channels = rows if self.transposed else columns * groups
             module.out_channels = columns * groups if self.transposed else rows
-        elif groups != _groups(node, state.source):
-            set_argument(twin, _GROUPS_POSITION, "groups", groups)
+        elif groups != self._groups(node, state.source):
+            set_argument(twin, self.groups, "groups", groups)
 
     def macs(self, node: fx.Node, gm: fx.GraphModule) -> int:
         """One per weight and position of the convolution's grid."""
@@ -112,7 +116,32 @@ class Convolution(Rule):
     def _is_depthwise(self, node: fx.Node, gm: fx.GraphModule) -> bool:
         source = tensor_input(node)
         channels = shape_of(source)[_channel_dim(source, _weight_shape(node, gm))]
-        return 1 < _groups(node, gm) == channels
+        return 1 < self._groups(node, gm) == channels
+
+    def _groups(self, node: fx.Node, gm: fx.GraphModule) -> int:
+        return int(value_of(setting(node, gm, self.groups, "groups", 1)))
+
+
+class DeformableConvolution(Convolution):
+    """`torchvision.ops.deform_conv2d`: a convolution at positions that are computed.
+
+    Offsets and masks hold one entry per position of the kernel and group of input channels. They
+    are no channels; every group keeps the same number of channels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(bias=4, groups=11)
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Treat the channels like a convolution does."""
+        for position in (2, 3):
+            source = node.args[position]
+            if isinstance(source, fx.Node):
+                state.pin(state.labels.get(source), f"offsets of {node.name!r}")
+        source = tensor_input(node)
+        inputs = state.axis(state.label(source), 1, f"input of {node.name!r}")
+        tie_groups(state, inputs, int(value_of(node.args[12])))
+        return super().propagate(node, state)
 
 
 def tie_groups(state: Propagation, atoms: Atoms, groups: int) -> None:
@@ -124,10 +153,6 @@ def tie_groups(state: Propagation, atoms: Atoms, groups: int) -> None:
 def _channel_dim(value: fx.Node, weight_shape: tuple[int, ...]) -> int:
     """The channel axis: 1, or 0 for an input without batch axis."""
     return len(shape_of(value)) - len(weight_shape) + 1
-
-
-def _groups(node: fx.Node, gm: fx.GraphModule) -> int:
-    return int(setting(node, gm, _GROUPS_POSITION, "groups", 1))
 
 
 def _weight_shape(node: fx.Node, gm: fx.GraphModule) -> tuple[int, ...]:
@@ -148,3 +173,5 @@ for _n in (1, 2, 3):
             getattr(F, _function),
             getattr(torch, _function),
         )
+# Capture traces into the module and the function, down to this operator.
+register(DeformableConvolution(), torch.ops.torchvision.deform_conv2d)

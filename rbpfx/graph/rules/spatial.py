@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torchvision import ops  # noqa: F401  (loads the operators of torchvision)
 
 from rbpfx.graph.propagation import Labels, Propagation
 from rbpfx.graph.provenance import Label
@@ -33,6 +34,23 @@ class Spatial(Rule):
         return tuple(Label(tuple(v.shape), label.blocks) for v in value)
 
 
+class Sampled(Rule):
+    """Reads every channel at computed places: `grid_sample`, `roi_align`, `roi_pool`."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Follow the channels alone; places are no channels."""
+        source, *places = node.all_input_nodes
+        for place in places:
+            state.pin(state.labels.get(place), f"places where {node.name!r} reads")
+        label = state.label(source)
+        rest = set(range(label.ndim)) - {1}
+        blocks = state.collapse(label, rest, f"axis that {node.name!r} mixes").blocks
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
+            return Label(shape_of(node), blocks)
+        return tuple(Label(tuple(v.shape), blocks) for v in value)
+
+
 for _n in (1, 2, 3):
     _rule = Spatial(_n)
     for _name in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool"):
@@ -44,3 +62,5 @@ for _n in (1, 2, 3):
         register(_rule, getattr(nn, f"{_name}{_n}d"))
 register(Spatial(None), F.interpolate, F.upsample, nn.Upsample)
 register(Spatial(None), nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+register(Sampled(), F.grid_sample, torch.grid_sampler)
+register(Sampled(), torch.ops.torchvision.roi_align, torch.ops.torchvision.roi_pool)

@@ -2,6 +2,7 @@
 
 from tests.graph.generator import OPERATORS
 from tests.graph.operators import (
+    attention,
     combine,
     elementwise,
     gathering,
@@ -16,6 +17,7 @@ from tests.graph.operators import (
 
 __all__ = [
     "OPERATORS",
+    "attention",
     "combine",
     "elementwise",
     "gathering",

@@ -14,33 +14,35 @@ from tests.graph.generator import Builder, Function, operator
 def gathering(b: Builder, x: int) -> int | None:
     shape = b.shape(x)
     n, last = len(shape), shape[-1]
-    number = len(b.program.steps)
     axis = b.rng.choice([1, n - 1])
-    names = {}
-    for name, values in {
-        "channels": [b.rng.randrange(shape[1]) for _ in range(4)],
-        "places": [b.rng.randrange(last) for _ in range(3)],
-        "mask": [i % 2 == 0 for i in range(last)],
-        "table": [[b.rng.randrange(last) for _ in range(2)] for _ in range(2)],
-    }.items():
-        names[name] = f"{name}{number}"
-        b.program.register_buffer(names[name], torch.tensor(values))
-    functions: list[Any] = [
-        lambda v, i: v[:, i("channels")],
-        lambda v, i: v.index_select(1, i("channels")),
-        lambda v, i: torch.index_select(v, -1, i("places")),
-        lambda v, i: v[..., i("places")],
-        lambda v, i: v[:, :, i("table")] if n == 3 else v[..., i("places")],
-        lambda v, i: v[:, 0, i("places")] if n == 4 else v,
-        lambda v, i: v.index_select(axis, v.flatten(0)[:3].abs().long() % shape[axis]),
-        lambda v, i: v.gather(axis, v.argsort(axis)),
-        lambda v, i: torch.take_along_dim(v, v.argsort(dim=-1)[..., :2], dim=-1),
-        lambda v, i: v.gather(-1, (v > 0).long() % last),
-        lambda v, i: v[..., [0, last - 1]],
-        lambda v, i: v[v.shape[0] - v.shape[0] :, :, i("places")] if n == 3 else v,
+    channels = [b.rng.randrange(shape[1]) for _ in range(4)]
+    places = [b.rng.randrange(last) for _ in range(3)]
+    functions: list[tuple[Function, Any]] = [
+        (lambda v, i: v[:, i], channels),
+        (lambda v, i: v.index_select(1, i), channels),
+        (lambda v, i: torch.index_select(v, -1, i), places),
+        (lambda v, i: v[..., i], places),
+        (lambda v, i: v[:, :, i] if n == 3 else v[..., i], [places, places]),
+        (lambda v, i: v[:, 0, i] if n == 4 else v[..., i], places),
+        (lambda v, i: v[v.shape[0] - v.shape[0] :, :, i] if n == 3 else v[:, i], [0, 1]),
     ]
-    function = b.rng.choice(functions)
-    return b.add(lambda m, v: function(v, lambda name: getattr(m, names[name])), x)
+    if b.rng.random() < 0.6:
+        function, positions = b.rng.choice(functions)
+        name = f"positions{len(b.program.steps)}"
+        b.program.register_buffer(name, torch.tensor(positions))
+        result = b.add(lambda m, v: function(v, getattr(m, name)), x)
+        if result is None:
+            delattr(b.program, name)
+        return result
+    computed: list[Function] = [
+        lambda v: v.index_select(axis, v.flatten(0)[:3].abs().long() % shape[axis]),
+        lambda v: v.gather(axis, v.argsort(axis)),
+        lambda v: torch.take_along_dim(v, v.argsort(dim=-1)[..., :2], dim=-1),
+        lambda v: v.gather(-1, (v > 0).long() % last),
+        lambda v: v[..., [0, last - 1]],
+    ]
+    function = b.rng.choice(computed)
+    return b.add(lambda m, v: function(v), x)
 
 
 @operator(1)
@@ -93,7 +95,7 @@ def picked(b: Builder, x: int) -> int | None:
     return b.add(lambda m, v: function(v), x)
 
 
-@operator(1.5)
+@operator(3)
 def assignment(b: Builder, x: int) -> int | None:
     """Writes into a value."""
     shape = b.shape(x)

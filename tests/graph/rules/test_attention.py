@@ -41,7 +41,7 @@ def check(
     assert {group.name: group.size for group in analysis.groups} == groups
     assert not analysis.unknown
     removed = 0
-    for seed in range(4):
+    for seed in range(3):
         plan = random_plan(analysis, seed)
         masked, sliced = apply_mask(gm, analysis, plan), rewrite(gm, analysis, plan)
         compiled = Compiled(gm, analysis, plan, masked, sliced)
@@ -50,8 +50,9 @@ def check(
             check_law(compiled, inputs, train=train)
         check_costs(compiled)
         check_close(compiled, inputs)
-        check_again(compiled, inputs, seed, "channel")
-        check_pickle(compiled, inputs)
+        if seed == 0:
+            check_again(compiled, inputs, seed, "channel")
+            check_pickle(compiled, inputs)
     assert removed > 0 or not groups
     return compiled
 
