@@ -38,7 +38,7 @@ from benchmarks import _zoo
 from benchmarks._isolate import Report, Row, first_line, isolated
 from benchmarks._record import Record
 from rbpfx import PruningPlan
-from rbpfx.graph.verification import difference
+from rbpfx.graph.verification import difference, in_double
 from rbpfx.testing import randomize
 
 RESULTS = Path(__file__).parent / "results"
@@ -202,7 +202,7 @@ class Subject:
         row: Row = {"effect": difference(dense, removed)}
         del self.gm, self.analysis  # the largest models barely fit in double precision
         with_statistics = any(isinstance(m, _BatchNorm) for m in self.masked.modules())
-        networks = [self.masked.double().eval(), self.pruned.double().eval()]
+        networks = [in_double(self.masked).eval(), in_double(self.pruned).eval()]
         row["error"] = difference(*(evaluate(network, self.inputs) for network in networks))
         if self.train == "deterministic":
             for network in networks:

@@ -6,6 +6,7 @@ is looked up there instead of being guessed from operator names.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from typing import Any
 
@@ -55,7 +56,24 @@ class Memory:
         target = write.all_input_nodes[0]
         if self._place[holder] > self._place[write] or _geometry(holder) == _geometry(target):
             return False
+        if _is_range_of(target, holder):
+            return False
         return any(self._place[user] > self._place[write] for user in holder.users)
+
+
+def _is_range_of(view: fx.Node, whole: fx.Node) -> bool:
+    """Whether a value is `whole[a:b, ...]`, which stays such a view when channels go."""
+    while view is not whole:
+        index = view.args[1] if view.target is operator.getitem else None
+        items = index if isinstance(index, tuple) else (index,)
+        if not all(item is Ellipsis or _is_range(item) for item in items):
+            return False
+        (view,) = view.all_input_nodes[:1]
+    return True
+
+
+def _is_range(item: object) -> bool:
+    return isinstance(item, slice) and item.step in (None, 1)
 
 
 def storages(node: fx.Node) -> list[int]:

@@ -255,8 +255,33 @@ def _graph_of(
             node.type = None  # an annotation that was never evaluated: torch cannot pickle it
     graph._tracer_cls = GraphTracer
     gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    _complete(gm, root)
     gm.graph.lint()
     return gm
+
+
+def _complete(gm: nn.Module, root: nn.Module) -> None:
+    """Give the graph module the tensors that no node uses, so that it has the model's state."""
+    for name, parameter in root._parameters.items():
+        gm._parameters.setdefault(name, parameter)
+    for name, buffer in root._buffers.items():
+        gm._buffers.setdefault(name, buffer)
+    # Constants that a forward makes, and buffers that are no state, are none here either.
+    gm._non_persistent_buffers_set = gm._buffers.keys() - (
+        root._buffers.keys() - root._non_persistent_buffers_set
+    )
+    for name, child in root._modules.items():
+        if child is None or not (has_tensors(child) or name in gm._modules):
+            continue
+        if name not in gm._modules:
+            gm._modules[name] = child
+        elif gm._modules[name] is not child:
+            _complete(gm.get_submodule(name), child)
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Whether a module has parameters or buffers."""
+    return any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 def _explained(error: Exception, failed_in: Any, root: nn.Module) -> CaptureError:

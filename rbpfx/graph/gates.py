@@ -151,6 +151,7 @@ class _Inserter:
         self.outputs: dict[int, fx.Node] = {}
         self.products: dict[Any, fx.Node] = {}
         self.read_values: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        self.done: set[tuple[fx.Node, fx.Node, int]] = set()
         self.memory = Memory(analysed)
         self.device = _device(gm)
 
@@ -183,6 +184,9 @@ class _Inserter:
             return self.graph.call_module(target, (tensors[0] if per_example else None,))
 
     def _multiply(self, read: Read) -> None:
+        if (read.node, read.source, read.dim) in self.done:
+            return  # a product of a value with itself
+        self.done.add((read.node, read.source, read.dim))
         node = self.twins[read.node]
         # An operator may read several axes of a value, one after the other.
         source = self.read_values.get((read.node, read.source), self.twins[read.source])

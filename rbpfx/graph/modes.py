@@ -266,6 +266,8 @@ def _interchangeable(in_train: Any, in_eval: Any) -> bool:
 
 def _same_but_constants(node: fx.Node, wanted: Any) -> bool:
     """Whether a node reads the same values as `wanted`, apart from constants."""
+    if node.target is getattr:
+        return False  # another attribute is another value
     return bool(_skeleton((node.args, node.kwargs)) == _skeleton(wanted))
 
 

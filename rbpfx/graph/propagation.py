@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -413,6 +413,10 @@ class Propagation:
         if isinstance(node.target, type) and hasattr(node.target, "_fields"):
             values = (*node.args, *node.kwargs.values())
             return tuple(self._packed(value) for value in values)
+        if isinstance(node.target, type) and is_dataclass(node.target):
+            for source in node.all_input_nodes:
+                self.pin(self.labels.get(source), "output of the model")
+            return None
         name = operator_name(node, self.gm)
         touched = [self.labels[n] for n in node.all_input_nodes if self.labels.get(n) is not None]
         if touched and any(label.blocks for labels in touched for label in _flat(labels)):

@@ -13,6 +13,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -177,6 +178,8 @@ class ValueTracer(GraphTracer):
         """Trace into `m`, remembering the innermost module in which tracing fails."""
         if self._is_passing():
             return forward(*args, **kwargs)
+        if m not in (self.submodule_paths or {}) and not any(True for _ in m.parameters()):
+            return forward(*args, **kwargs)  # made by the forward that calls it
         name = self.path_of_module(m)
         decomposition = DECOMPOSITIONS.get(type(m))
         if decomposition is not None:
@@ -205,8 +208,14 @@ class ValueTracer(GraphTracer):
         return ValueProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        """Proxies may pass for numbers and tuples, so they are asked for first."""
-        return a.node if type(a) is ValueProxy else super().create_arg(a)
+        """Proxies may pass for numbers and tuples, and data classes for dictionaries."""
+        if type(a) is ValueProxy:
+            return a.node
+        if is_dataclass(a) and not isinstance(a, type):
+            given = {f.name: getattr(a, f.name) for f in fields(a) if f.init}
+            values = {name: self.create_arg(v) for name, v in given.items() if v is not None}
+            return self.create_node("call_function", type(a), (), values)
+        return super().create_arg(a)
 
     def create_proxy(
         self,

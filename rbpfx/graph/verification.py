@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rbpfx.errors import VerificationError
 from rbpfx.graph.capture import ExampleInputs, bind_inputs
+from rbpfx.graph.parts import captured_parts
 
 TOLERANCE = 1e-9
 
@@ -46,9 +47,11 @@ def verify(
         Infinite if shapes, the number of outputs, or entries that are not finite differ, or if
         an output has no finite entry at all, so that nothing could be compared.
     """
-    inputs = list(bind_inputs(masked, example_inputs).values())
     generator = torch.Generator().manual_seed(seed)
-    inputs = [map_aggregate(value, lambda v: _draw_like(v, generator)) for value in inputs]
+    inputs = {
+        name: tree_map(lambda v: _draw_like(v, generator), value)
+        for name, value in bind_inputs(masked, example_inputs).items()
+    }
     outputs = [_run(network, inputs, train) for network in (masked, pruned)]
     return difference(*outputs)
 
@@ -116,15 +119,35 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _run(network: nn.Module, inputs: list[Any], train: bool) -> Any:
-    network = copy.deepcopy(network).double()
+def _run(network: nn.Module, inputs: dict[str, Any], train: bool) -> Any:
+    network = in_double(network)
     network.eval()
     for module in network.modules() if train else ():
         if isinstance(module, _BatchNorm):
             module.train()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     with torch.no_grad(), _full_precision():
-        return network(*(map_aggregate(v, lambda t: _to(t, device)) for v in inputs))
+        return network(**tree_map(lambda t: _to(t, device), inputs))
+
+
+def in_double(network: nn.Module) -> nn.Module:
+    """A copy in float64, where the code names a coarser type (`x.to(torch.float32)`) too."""
+    network = copy.deepcopy(network).double()
+    for part in captured_parts(network).values():
+        for node in part.graph.nodes:
+            if not isinstance(node.meta.get("val"), Tensor):
+                continue  # a question about a type, such as a guard's
+            node.args = map_aggregate(node.args, _finest)
+            node.kwargs = map_aggregate(node.kwargs, _finest)
+            if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
+                node.target = "double"
+        part.recompile()
+    return network
+
+
+def _finest(value: Any) -> Any:
+    is_coarse = isinstance(value, torch.dtype) and value.is_floating_point
+    return torch.float64 if is_coarse else value
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from rbpfx.graph.propagation import Labels, Operand, Propagation, Read
 from rbpfx.graph.provenance import Block, Label
@@ -155,6 +156,8 @@ def _read(
     axes = (weight.parameter_axis(dim) for weight, dim in weights if weight is not None)
     axis = next((axis for axis in axes if axis is not None), None)
     assert factor.source is not None
+    if tree_leaves((node.args, node.kwargs)).count(factor.source) > 1:
+        axis = None  # a multiplier sits on all uses of a value, on a weight it would count once
     state.add_read(Read(node, factor.source, factor.letters.index(letter), (block.atoms,), axis))
 
 

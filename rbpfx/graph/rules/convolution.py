@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 import numpy as np
@@ -45,7 +46,10 @@ class Convolution(Rule):
         self.groups = groups
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
-        """Read the input channels, produce the output channels, follow no spatial axis."""
+        """Read the input channels, produce the output channels, follow no spatial axis.
+
+        Heads that have become examples pass through.
+        """
         weight = state.operand(node, 1, "weight")
         bias = state.operand(node, self.bias, "bias")
         assert weight is not None
@@ -53,19 +57,23 @@ class Convolution(Rule):
         source = tensor_input(node)
         dim = _channel_dim(source, weight.shape)
         label = state.label(source)
-        spatial = set(range(label.ndim)) - {dim}
+        spatial = set(range(dim + 1, label.ndim))
         label = state.collapse(label, spatial, "spatial axis of a convolution")
+        label = state.separate(label, {dim})
+        through = label.without(dim)
         if self._is_depthwise(node, state.gm):
             inputs = state.axis(label, dim, "input of a depthwise convolution")
             atoms = self._depthwise(node, inputs, dim, weight, state)
+            state.contract(node, (atoms,), *_flat(through))
         else:
             (inputs,) = state.read(
                 node, source, dim, weight, 0 if self.transposed else 1, label=label
             )
             atoms = self._full(node, inputs, weight, state)
+            state.contract(node, (inputs,), (atoms,), *_flat(through))
         if bias is not None:
             bias.bind(0, atoms)
-        return Label(shape_of(node), (Block((dim,), atoms),))
+        return Label(shape_of(node), (*through, Block((dim,), atoms)))
 
     def _full(self, node: fx.Node, inputs: Atoms, weight: Operand, state: Propagation) -> Atoms:
         groups = self._groups(node, state.gm)
@@ -77,7 +85,6 @@ class Convolution(Rule):
             weight.bind(1, inputs[: len(inputs) // groups])
             outputs = state.produce(node, weight, 0)
             tie_groups(state, outputs, groups)
-        state.contract(node, (inputs,), (outputs,))
         return outputs
 
     def _depthwise(
@@ -86,7 +93,6 @@ class Convolution(Rule):
         outputs = np.repeat(inputs, shape_of(node)[dim] // len(inputs))
         weight.bind(0, inputs if self.transposed else outputs)
         weight.pin_rest(0)
-        state.contract(node, (outputs,))
         return outputs
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
@@ -142,6 +148,10 @@ class DeformableConvolution(Convolution):
         inputs = state.axis(state.label(source), 1, f"input of {node.name!r}")
         tie_groups(state, inputs, int(value_of(node.args[12])))
         return super().propagate(node, state)
+
+
+def _flat(blocks: tuple[Block, ...]) -> Iterator[tuple[Atoms]]:
+    return ((block.atoms.ravel(),) for block in blocks)
 
 
 def tie_groups(state: Propagation, atoms: Atoms, groups: int) -> None:

@@ -6,6 +6,7 @@ The function may be anything, f(0) = 0 is not needed: multipliers sit at the rea
 from __future__ import annotations
 
 import operator
+from math import prod
 
 import torch
 from torch import Tensor, fx, nn
@@ -95,6 +96,8 @@ class Glimpse(Rule):
         if not isinstance(label, Label):
             return
         original = {d: label.shape[d] for d in state.changed_sizes(label)}
+        if original and node.target in ("numel", "nelement"):
+            _restore_count(node, original, state)
         whole = node.target == "size" or (node.target is getattr and node.args[1] == "shape")
         if not original or not whole:
             return
@@ -109,6 +112,20 @@ class Glimpse(Rule):
                 _restore_sizes(user, node, original, state)
             elif dim % label.ndim in original:
                 state.replace_by_constant(user, original[dim % label.ndim])
+
+
+def _restore_count(node: fx.Node, original: dict[int, int], state: Slicing) -> None:
+    """Scale a number of elements, which may depend on the batch, back to what it was."""
+    twin, sizes = state.twin(node), state.sizes(state.label(tensor_input(node)))
+    users = list(twin.users)
+    with state.gm.graph.inserting_after(twin):
+        share = state.gm.graph.call_function(
+            operator.floordiv, (twin, prod(sizes[d] for d in original))
+        )
+    with state.gm.graph.inserting_after(share):
+        count = state.gm.graph.call_function(operator.mul, (share, prod(original.values())))
+    for user in users:
+        user.replace_input_with(twin, count)
 
 
 def with_sizes(shape: torch.Size, dims: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Size:
@@ -137,9 +154,11 @@ _FUNCTIONS = (
     "dropout3d alpha_dropout feature_alpha_dropout dropout_ alpha_dropout_ feature_dropout "
     "abs abs_ neg neg_ negative exp exp_ log log_ log1p expm1 sqrt sqrt_ rsqrt square sign sin cos "
     "erf reciprocal sigmoid_ tanh_ floor ceil round "
-    "nan_to_num logical_not isnan zeros_like ones_like full_like rand_like "
+    "nan_to_num logical_not bitwise_not isnan zeros_like ones_like full_like rand_like "
     "to type type_as float double half bfloat16 int long bool cpu cuda "
-    "requires_grad_ zero_"
+    "requires_grad_ zero_ fill_ bernoulli bernoulli_ uniform_ normal_ randn_like "
+    "erfinv erfc asin acos atan sinh cosh asinh acosh atanh tan log2 log10 exp2 frac trunc sgn "
+    "isinf isfinite sinc square_ reciprocal_ rsqrt_"
 ).split()
 ELEMENTWISE = register(Elementwise(), *(getattr(nn, name) for name in _MODULES))
 for _name in _FUNCTIONS:
@@ -149,9 +168,9 @@ for _name in _FUNCTIONS:
     if hasattr(Tensor, _name):
         register(ELEMENTWISE, _name)
 register(Copy(), nn.Identity, torch.clone, torch.detach, "clone", "detach", "contiguous")
-register(ELEMENTWISE, operator.neg, operator.abs, operator.pos)
+register(ELEMENTWISE, operator.neg, operator.abs, operator.pos, operator.invert)
 # Stochastic depth drops whole rows or the whole batch, never single channels.
 register(ELEMENTWISE, stochastic_depth, StochasticDepth)
 register(PReLU(), nn.PReLU, F.prelu, torch.prelu, "prelu")
-register(Glimpse(), "size", "dim", "is_floating_point", "get_device")
+register(Glimpse(), "size", "numel", "nelement", "dim", "is_floating_point", "get_device")
 register(Glimpse(), getattr, length, rounded, assume)
