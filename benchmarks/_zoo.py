@@ -42,12 +42,11 @@ def images(size: int = 64, batch: int = BATCH, frames: int | None = None) -> Ten
 # -- torchvision ---------------------------------------------------------------------------
 
 # Where 64 pixels are too few: Inception for its auxiliary head, MaxViT for its windows.
-_IMAGE_SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56, "s3d": 224}
+_IMAGE_SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
+_LARGE_CLIPS = ("mvit_v1_b", "mvit_v2_s", "s3d")  # take no other size
 _OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},  # scipy's truncated normal takes a minute
     "inception_v3": {"init_weights": False},
-    "mvit_v1_b": {"spatial_size": (64, 64), "temporal_size": 8},
-    "mvit_v2_s": {"spatial_size": (64, 64), "temporal_size": 8},
 }
 
 
@@ -94,8 +93,7 @@ def _segmenter(name: str) -> Sample:
 
 
 def _video_classifier(name: str) -> Sample:
-    frames = 16 if name == "s3d" else 8
-    clips = images(_IMAGE_SIZES.get(name, 64), 1 if name == "s3d" else BATCH, frames)
+    clips = images(224, 1, frames=16) if name in _LARGE_CLIPS else images(64, frames=8)
     return Sample(torchvision_model(name), (clips,))
 
 

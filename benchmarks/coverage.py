@@ -192,8 +192,8 @@ class Subject:
             "removable": share(total - least, total),
             "rewrite_seconds": rewriting,
             "pruned_parameters": count(self.pruned),
-            "macs": macs(self.gm),
-            "pruned_macs": macs(self.pruned),
+            "macs": rbpfx.count_macs(self.gm),
+            "pruned_macs": rbpfx.count_macs(self.pruned),
         }
 
     def compare(self) -> Row:
@@ -202,7 +202,8 @@ class Subject:
         row: Row = {"effect": difference(dense, removed)}
         del self.gm, self.analysis  # the largest models barely fit in double precision
         with_statistics = any(isinstance(m, _BatchNorm) for m in self.masked.modules())
-        networks = [in_double(self.masked).eval(), in_double(self.pruned).eval()]
+        self.masked, self.pruned = in_double(self.masked), in_double(self.pruned)
+        networks = [self.masked.eval(), self.pruned.eval()]
         row["error"] = difference(*(evaluate(network, self.inputs) for network in networks))
         if self.train == "deterministic":
             for network in networks:
@@ -298,11 +299,6 @@ def attempt(function: Callable[[], float]) -> float | str:
         return first_line(error)
 
 
-def macs(network: Any) -> int | None:
-    """Multiply-accumulates, of a graph."""
-    return rbpfx.count_macs(network) if isinstance(network, fx.GraphModule) else None
-
-
 def count(model: nn.Module) -> int:
     """Number of parameters."""
     return rbpfx.count_parameters(model)
@@ -344,7 +340,7 @@ def is_faithful(row: Row) -> bool:
 
 def is_smaller(row: Row) -> bool:
     """Whether parameters went."""
-    return row.get("pruned_parameters", float("inf")) < row["parameters"]
+    return row.get("pruned_parameters", float("inf")) < row.get("parameters", 0)
 
 
 def is_partial(row: Row) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError
@@ -45,12 +45,13 @@ class PruningResult:
 
     Attributes:
         model: The smaller network, a `torch.fx.GraphModule` with the submodule names of the
-            original, in the mode and on the device it was in.
+            original, in the mode and on the device it was in. If the forward of the original
+            cannot be traced, a module of its class with `GraphModule`s in it.
         plan: Which units of every group stay.
         report: Figures before and after; `str(report)` is a table.
     """
 
-    model: fx.GraphModule
+    model: nn.Module
     plan: PruningPlan
     report: Report
 
@@ -271,7 +272,7 @@ def _example_inputs(model: nn.Module, loader: Loader, task: Task) -> tuple[Examp
     return inputs, batch_size(batch)
 
 
-def _check_capture(model: nn.Module, gm: fx.GraphModule, inputs: ExampleInputs) -> None:
+def _check_capture(model: nn.Module, gm: nn.Module, inputs: ExampleInputs) -> None:
     """The graph must compute what the model computes."""
     with evaluating(model, gm), torch.no_grad():
         error = difference(call_with(model, inputs), call_with(gm, inputs))
@@ -291,7 +292,7 @@ def _require_groups(analysis: Analysis) -> None:
         )
 
 
-def _take_weights(gm: fx.GraphModule, noisy: fx.GraphModule) -> None:
+def _take_weights(gm: nn.Module, noisy: nn.Module) -> None:
     """Copy the trained weights back into the graph without noise."""
     trained = noisy.state_dict()
     gm.load_state_dict({name: trained[name] for name in gm.state_dict()})

@@ -46,9 +46,7 @@ class ConstantGate(nn.Module):
         return self.multipliers.unsqueeze(0)
 
 
-def insert_gates(
-    gm: nn.Module, analysis: Analysis, gates: Mapping[str, nn.Module]
-) -> nn.Module:
+def insert_gates(gm: nn.Module, analysis: Analysis, gates: Mapping[str, nn.Module]) -> nn.Module:
     """Multiply the channels of groups by the output of their gates, at every read.
 
     Args:

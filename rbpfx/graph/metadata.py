@@ -6,7 +6,7 @@ Nothing is computed and no memory is needed. The value of a node is in `node.met
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -119,7 +119,7 @@ def _is_of_torch(called: nn.Module | FunctionType) -> bool:
 def _faked(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """The module in eval mode with fake parameters: far quicker to call than one with real ones."""
 
-    def fake(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    def fake(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         return {name: t if t is None else mode.from_tensor(t) for name, t in tensors.items()}
 
     twin = module.__new__(type(module))

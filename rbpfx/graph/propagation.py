@@ -151,6 +151,7 @@ class Propagation:
         self._activations: set[fx.Node] = set()
         self._home: dict[str, str] = {}
         self._evaluated: set[fx.Node] = set()
+        self._inner_parts = [name for name in captured_parts(self.model) if name]
         self.enter("", nn.Module())
 
     def enter(self, name: str, gm: nn.Module) -> None:
@@ -293,9 +294,7 @@ class Propagation:
             return False
         return self.uses[read.weight[0]] == self.read_uses[read.weight]
 
-    def contract(
-        self, node: fx.Node, *factors: tuple[Atoms, ...], macs: int | None = None
-    ) -> None:
+    def contract(self, node: fx.Node, *factors: tuple[Atoms, ...], macs: int | None = None) -> None:
         """Record what an operator costs, as a function of the shares kept of its axes.
 
         Contracted and produced channels come first. What only train mode runs costs nothing.
@@ -318,6 +317,13 @@ class Propagation:
         for label in labels if isinstance(labels, tuple) else (labels,):
             for block in label.blocks if label is not None else ():
                 self.identities.pin(block.atoms, reason)
+
+    def pin_call(self, node: fx.Node, reason: str) -> None:
+        """Pin everything that a call touches: its inputs, and the tensors of a module."""
+        for source in node.all_input_nodes:
+            self.pin(self.labels.get(source), reason)
+        if node.op == "call_module":
+            self._pin_tensors(str(node.target), reason)
 
     def collapse(self, label: Label, dims: Iterable[int], reason: str) -> Label:
         """Follow a value along `dims` no further, because an operator mixes what lies there.
@@ -421,11 +427,9 @@ class Propagation:
         touched = [self.labels[n] for n in node.all_input_nodes if self.labels.get(n) is not None]
         if touched and any(label.blocks for labels in touched for label in _flat(labels)):
             self.unknown[f"{self.prefix}{node.name}"] = name
-        reason = node.meta.get("kept_whole") or f"no rule for {name} (node {node.name!r})"
-        for labels in touched:
-            self.pin(labels, reason)
-        if node.op == "call_module":
-            self._pin_tensors(str(node.target), reason)
+        self.pin_call(
+            node, node.meta.get("kept_whole") or f"no rule for {name} (node {node.name!r})"
+        )
         return unfollowed(node)
 
     def _apply(self, rule: Rule, node: fx.Node) -> Labels:
@@ -463,7 +467,10 @@ class Propagation:
         """Pin the parameters and buffers of a module."""
         module = self.gm.get_submodule(target)
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            canonical = self._canonical[f"{self.prefix}{target}.{name}"]
+            qualified = f"{self.prefix}{target}.{name}"
+            if any(qualified.startswith(f"{part}.") for part in self._inner_parts):
+                continue  # captured on its own
+            canonical = self._canonical[qualified]
             self.uses[canonical] += 1
             for dim, size in enumerate(tensor.shape):
                 self.identities.pin(self.parameter_axis(canonical, dim, size), reason)

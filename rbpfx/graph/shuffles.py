@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from rbpfx.graph.provenance import Atoms, Block, Identities, Keep, Label
 from rbpfx.graph.rules.base import Rule, find_rule, shape_of, tensor_input
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from rbpfx.graph.propagation import Labels, Propagation
     from rbpfx.graph.slicing import Slicing
 
@@ -36,7 +36,8 @@ class Shuffle:
         interior: The values on the way, every one after the one it is computed from.
         blocks: The joint blocks of the interior.
         orders: Value that leaves it -> the axis of the source of which it holds a selection, and
-            the positions; None for values that differ from the source in any other way.
+            the positions; None for values that differ from the source in any other way, or if
+            the model asks for sizes on the way.
     """
 
     source: fx.Node
@@ -79,7 +80,7 @@ class Shuffle:
 
 def find_shuffles(state: Propagation) -> list[Shuffle]:
     """All shuffles of a graph that has been walked."""
-    found = []
+    found: list[Shuffle] = []
     for source in state.gm.graph.nodes:
         label = state.labels.get(source)
         if isinstance(label, Label) and not _is_joint(label):
@@ -93,9 +94,13 @@ def _shuffle(source: fx.Node, first: fx.Node, state: Propagation) -> Iterator[Sh
     """The shuffle that begins with `first`, if it ends."""
     interior: list[fx.Node] = []
     exits: list[fx.Node] = []
+    asked = False
     waiting = [(source, first)]
     while waiting:
         moved, node = waiting.pop()
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(node.meta.get("val"))):
+            asked = True  # for a size
+            continue
         if _moving_rule(node, state) is None or tensor_input(node) is not moved:
             return
         if _is_joint(state.labels[node]):
@@ -106,7 +111,7 @@ def _shuffle(source: fx.Node, first: fx.Node, state: Propagation) -> Iterator[Sh
         else:
             return
     blocks = tuple(b for node in interior for b in _joint_blocks(state.labels[node]))
-    orders = _orders(source, interior, exits, state)
+    orders = dict.fromkeys(exits) if asked else _orders(source, interior, exits, state)
     yield Shuffle(source, tuple(interior), blocks, orders)
 
 

@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import is_parametrized
 
 from rbpfx.graph.calls import call_leaf
-from rbpfx.graph import decompositions as _d  # TEMPORARY
+from rbpfx.graph.decompositions import DECOMPOSITIONS
 from rbpfx.graph.metadata import compute
 from rbpfx.graph.rules.base import rule_of_function, rule_of_module
 from rbpfx.graph.values import (
@@ -42,7 +42,6 @@ from rbpfx.graph.values import (
 )
 
 LeafModule = type[nn.Module] | str
-DECOMPOSITIONS = getattr(_d, "DECOMPOSITIONS", {})
 CONSTANT = "_tensor_constant"  # what torch.fx calls tensors that a forward makes
 _LOCK = threading.RLock()
 _LOOKAHEAD = 64
@@ -166,7 +165,8 @@ class ValueTracer(GraphTracer):
         if isinstance(m, torch.jit.ScriptModule) or rule_of_module(m) is not None:
             return True
         of_torch = type(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
-        return of_torch and not is_parametrized(m) and not any(m.children())
+        is_container = isinstance(m, nn.Sequential) or any(m.children())
+        return of_torch and not is_parametrized(m) and not is_container
 
     def call_module(
         self,

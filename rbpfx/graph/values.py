@@ -88,8 +88,11 @@ class ValueProxy(GraphProxy):
 
     tracer: Any
 
+    def __getitem__(self, index: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         kind = type(value_behind(self))
         return kind if issubclass(kind, _IMITATED) and kind is not bool else ValueProxy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import fx
+from torch import nn
 
 from rbpfx.errors import RbpfxError
 from rbpfx.graph.gates import insert_gates
@@ -30,12 +30,12 @@ def find_method(method: str | Method) -> Method:
 
 
 def insert_noise(
-    gm: fx.GraphModule,
+    gm: nn.Module,
     analysis: Analysis,
     method: str | Method = "rbp",
     *,
     groups: Iterable[str] | None = None,
-) -> fx.GraphModule:
+) -> nn.Module:
     """Insert trainable noise: one sampling node per group, a multiplication at every read.
 
     Args:
@@ -60,7 +60,7 @@ def insert_noise(
     return noisy
 
 
-def noise_gates(noisy: fx.GraphModule) -> list[NoiseGate]:
+def noise_gates(noisy: nn.Module) -> list[NoiseGate]:
     """The noise gates of a graph, in the order of the groups."""
     return [module for module in noisy.modules() if isinstance(module, NoiseGate)]
 

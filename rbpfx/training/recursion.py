@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
 from rbpfx.errors import DivergenceError, InputError
 from rbpfx.graph.groups import Analysis
@@ -74,7 +74,7 @@ class RecursiveTraining:
 
     def __init__(
         self,
-        noisy: fx.GraphModule,
+        noisy: nn.Module,
         analysis: Analysis,
         task: Task,
         settings: Recursion,

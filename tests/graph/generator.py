@@ -16,10 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rbpfx.errors import PlanError
-from rbpfx.graph.groups import Analysis
-from rbpfx.graph.slicing import kept_indices
-from rbpfx.plan import PruningPlan
+from rbpfx.testing import randomize
 
 BATCH = 3
 Function = Callable[..., Any]
@@ -116,43 +113,6 @@ def random_inputs(program: Program, batch: int = BATCH, seed: int = 0) -> tuple[
     return tuple(
         torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for shape in shapes
     )
-
-
-def random_plan(analysis: Analysis, seed: int) -> PruningPlan:
-    """Removes units at random: some groups stay whole, some keep a single unit."""
-    rng = random.Random(seed)
-    kept = {}
-    for group in analysis.groups:
-        draw = rng.random()
-        if draw < 0.2:
-            continue
-        count = 1 if draw < 0.4 else rng.randint(1, group.size)
-        kept[group.name] = rng.sample(range(group.size), count)
-    plan = PruningPlan(kept)
-    try:
-        kept_indices(analysis, analysis.keep(plan))
-    except PlanError:  # features and their channels have nothing in common
-        return PruningPlan({n: units for n, units in kept.items() if ".features" not in n})
-    return plan
-
-
-def randomize(module: nn.Module, seed: int = 0) -> None:
-    """Give BatchNorms, biases and slopes values that hide no mistake."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(tensor: Tensor, low: float, high: float) -> None:
-        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.copy_(values * (high - low) + low)
-
-    with torch.no_grad():
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            leaf = name.rpartition(".")[2]
-            if leaf.startswith("running_var"):
-                draw(tensor, 0.5, 2.0)
-            elif leaf.startswith(("running_mean", "bias")):
-                draw(tensor, -0.5, 0.5)
-            elif tensor.ndim == 1 and tensor.is_floating_point():
-                draw(tensor, 0.4, 1.6)
 
 
 def _input_shapes(seed: int, two: bool) -> list[tuple[int, ...]]:

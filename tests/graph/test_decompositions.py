@@ -15,10 +15,12 @@ from rbpfx.graph.decompositions import (
     multi_head_attention,
     multi_head_attention_forward,
 )
-from tests.graph.generator import randomize
+from rbpfx.testing import randomize
 from tests.graph.laws import assert_close
+from tests.graph.rules.test_attention import BATCH, EMBED, HEADS, TOKENS, WIDTH
+from tests.graph.rules.test_attention import check as check_laws
 
-EMBED, HEADS, BATCH, QUERIES, KEYS = 12, 3, 2, 5, 4
+QUERIES, KEYS = TOKENS, 4
 
 
 def attention(**options: Any) -> nn.MultiheadAttention:
@@ -161,3 +163,62 @@ def test_the_functional_form() -> None:
 def test_the_tables_name_them() -> None:
     assert DECOMPOSITIONS[nn.MultiheadAttention] is multi_head_attention
     assert DECOMPOSITIONS[F.multi_head_attention_forward] is multi_head_attention_forward
+
+
+# -- in a captured network ---------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """`nn.MultiheadAttention` between two layers."""
+
+    def __init__(self, need_weights: bool, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(EMBED, EMBED)
+        self.attention = nn.MultiheadAttention(EMBED, HEADS, batch_first=True, **options)
+        self.need_weights = need_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=self.need_weights)[0]
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_multihead_attention(need_weights: bool, options: dict[str, Any]) -> None:
+    model = SelfAttention(need_weights, **options)
+    compiled = check_laws(model, groups={"attention.in_proj_weight": HEADS})
+    kept = len(compiled.plan.kept.get("attention.in_proj_weight", range(HEADS)))
+    assert compiled.sliced.get_parameter("attention.in_proj_weight").shape[0] == 3 * kept * WIDTH
+    assert compiled.sliced.get_submodule("attention.out_proj").in_features == kept * WIDTH
+
+
+class CrossAttention(nn.Module):
+    """Queries from one input, keys and values from another."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(EMBED, HEADS, **options)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = x.transpose(0, 1), y.transpose(0, 1)
+        return self.attention(x, y, y)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 7, "vdim": 7}], ids=str)
+def test_cross_attention(options: dict[str, Any]) -> None:
+    x = torch.randn(BATCH, TOKENS, EMBED).double()
+    y = torch.randn(BATCH, 4, options.get("kdim", EMBED)).double()
+    name = "attention.q_proj_weight" if options else "attention.in_proj_weight"
+    check_laws(CrossAttention(**options), x, y, groups={name: HEADS})
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_layers(norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(
+        EMBED, HEADS, 16, dropout=0.0, batch_first=True, norm_first=norm_first
+    )
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    groups = {"layers.0.self_attn.in_proj_weight": HEADS, "layers.0.linear1": 16}
+    groups |= {name.replace(".0.", ".1."): size for name, size in groups.items()}
+    check_laws(model, groups=groups)

@@ -76,7 +76,7 @@ def check(seed: int, length: int, *, everything: bool) -> None:
     if everything or turn == 2:
         check_close(compiled, inputs)
     if everything or turn == 3:
-        check_again(compiled, inputs, seed, **options)
+        check_again(compiled, inputs, seed)
     if everything or turn == 4:
         check_costs(compiled)
         check_pickle(compiled, inputs)

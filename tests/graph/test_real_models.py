@@ -13,7 +13,7 @@ from torchvision import models
 from rbpfx.graph.capture import trace
 from rbpfx.graph.groups import Analysis, analyze
 from rbpfx.graph.verification import require_equal
-from tests.graph.generator import randomize
+from rbpfx.testing import randomize
 from tests.graph.laws import check_again, check_close, check_costs, check_law, compile_random
 
 SIZES = {"inception_v3": 96, "googlenet": 48, "vgg16_bn": 32, "alexnet": 64}
@@ -86,7 +86,7 @@ def test_models_in_full(name: str, unit: str) -> None:
     model, inputs = build(name)
     compiled = compile_random(model, inputs, seed=2, unit=unit)
     check_close(compiled, inputs)
-    check_again(compiled, inputs, 3, unit)
+    check_again(compiled, inputs, 3)
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ class Glimpse(Rule):
         Scales such as `x.shape[1] ** -0.5` then mean what they meant; sizes given to reshapes
         are set by the reshape's own rule.
         """
-        label = state.labels.get(tensor_input(node))
+        label = state.labels.get(node.all_input_nodes[0]) if node.all_input_nodes else None
         if not isinstance(label, Label):
             return
         original = {d: label.shape[d] for d in state.changed_sizes(label)}

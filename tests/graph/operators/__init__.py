@@ -4,6 +4,7 @@ from tests.graph.generator import OPERATORS
 from tests.graph.operators import (
     attention,
     combine,
+    convolution,
     elementwise,
     gathering,
     indexing,
@@ -19,6 +20,7 @@ __all__ = [
     "OPERATORS",
     "attention",
     "combine",
+    "convolution",
     "elementwise",
     "gathering",
     "indexing",

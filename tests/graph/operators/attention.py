@@ -101,7 +101,7 @@ def embedding(b: Builder, x: int) -> int | None:
 def attention(b: Builder, x: int) -> int | None:
     """Self-attention over the axes between the first and the last."""
     shape = b.shape(x)
-    if len(shape) < 3 or torch.Size(shape[1:-1]).numel() > 32:
+    if not _are_tokens(shape):
         return None
     embed, heads, width = shape[-1], b.rng.choice([2, 3, 4]), b.rng.choice([2, 4])
     groups = heads // b.rng.choice([n for n in (1, 2, 3) if heads % n == 0])
@@ -215,24 +215,23 @@ def _mixing(b: Builder, heads: int, groups: int) -> Any:
     return mix
 
 
-@operator(1)
+@operator(1.5)
 def torch_attention(b: Builder, x: int) -> int | None:
     """`nn.MultiheadAttention` of a value with itself, or with another one."""
-    shape = b.shape(x)
     heads = b.rng.choice([2, 3, 4])
-    if len(shape) != 3 or shape[1] > 32 or shape[-1] % heads:
+    tokens = [i for i in range(len(b.values)) if _are_tokens(b.shape(i))]
+    if x not in tokens or b.shape(x)[-1] % heads:
         return None
-    others = [i for i in range(len(b.values)) if len(b.shape(i)) == 3 and b.shape(i)[1] <= 32]
-    other = x if b.rng.random() < 0.6 else b.rng.choice(others)
-    size = b.shape(other)[-1]
+    other = x if b.rng.random() < 0.6 else b.rng.choice(tokens)
+    embed, size = b.shape(x)[-1], b.shape(other)[-1]
     layer = nn.MultiheadAttention(
-        shape[-1],
+        embed,
         heads,
         bias=b.rng.random() < 0.7,
         add_bias_kv=b.rng.random() < 0.2,
         add_zero_attn=b.rng.random() < 0.2,
-        kdim=None if size == shape[-1] else size,
-        vdim=None if size == shape[-1] else size,
+        kdim=None if size == embed else size,
+        vdim=None if size == embed else size,
         batch_first=b.rng.random() < 0.7,
     )
     name = b.module(layer)
@@ -240,6 +239,7 @@ def torch_attention(b: Builder, x: int) -> int | None:
 
     def apply(m: Any, v: Any, w: Any) -> Any:
         module = m.get_submodule(name)
+        v, w = v.flatten(1, -2), w.flatten(1, -2)
         if not layer.batch_first:
             v, w = v.transpose(0, 1), w.transpose(0, 1)
         result: Tensor = module(v, w, w, need_weights=need_weights)[0]
@@ -248,12 +248,17 @@ def torch_attention(b: Builder, x: int) -> int | None:
     return b.add(apply, x, other)
 
 
-@operator(0.5)
+def _are_tokens(shape: tuple[int, ...]) -> bool:
+    return len(shape) > 2 and torch.Size(shape[1:-1]).numel() <= 64
+
+
+@operator(1.5)
 def transformer_layer(b: Builder, x: int) -> int | None:
     shape = b.shape(x)
-    if len(shape) != 3 or shape[1] > 32 or shape[-1] % 2:
+    if not _are_tokens(shape) or shape[-1] % 2:
         return None
     layer = nn.TransformerEncoderLayer(
         shape[-1], 2, 8, dropout=0.0, batch_first=True, norm_first=b.rng.random() < 0.5
     )
-    return b.call(layer, x)
+    name = b.module(layer)
+    return b.add(lambda m, v: m.get_submodule(name)(v.flatten(1, -2)), x)

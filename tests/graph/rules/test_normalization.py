@@ -21,7 +21,7 @@ from rbpfx.graph.groups import Analysis, analyze
 from rbpfx.graph.slicing import rewrite
 from rbpfx.graph.verification import require_equal
 from rbpfx.plan import PruningPlan
-from tests.graph.generator import randomize
+from rbpfx.testing import randomize
 from tests.graph.laws import check_again, check_law, check_pickle, compile_random
 
 Function = Callable[..., Any]
@@ -61,7 +61,7 @@ def check(model: nn.Module, inputs: tuple[Tensor, ...], **options: str) -> Analy
         removed += compiled.removed
         for train in (False, True):
             check_law(compiled, inputs, train=train)
-        check_again(compiled, inputs, seed, "channel", **options)
+        check_again(compiled, inputs, seed)
     assert removed
     check_pickle(compiled, inputs)
     return compiled.analysis

@@ -204,10 +204,10 @@ def test_laws_on_difficult_models(cls: type[nn.Module], seed: int, unit: str) ->
     model = cls().double()
     shape = (2, 3) if cls is Unshared else (2, 3, 7, 7)
     inputs = (torch.randn(*shape, dtype=torch.float64),)
-    compiled = compile_random(model, inputs, seed, unit)
+    compiled = compile_random(model, inputs, seed, unit=unit)
     for train in (False, True):
         check_law(compiled, inputs, train=train)
-    check_again(compiled, inputs, seed, unit)
+    check_again(compiled, inputs, seed)
     check_pickle(compiled, inputs)
 
 
