@@ -89,15 +89,14 @@ def measure(task: tuple[str, str], report: Report) -> None:
     """One row, stage after stage; a stage that fails leaves the figures of those before it."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    suite, name = task
-    subject = Subject()
     began = time.perf_counter()
-    for stage in (subject.build, subject.capture, subject.fidelity, subject.analyse, subject.prune,
-                  subject.compare):  # fmt: skip
+    subject = Subject(*task)
+    stages = ("build", "capture", "fidelity", "analyse", "prune", "compare")
+    for stage in stages:
         try:
-            report({"stage": stage.__name__, **stage(*task if stage == subject.build else ())})
+            report(getattr(subject, stage)())
         except Exception as error:
-            report({"failure": f"{stage.__name__}: {first_line(error)}"})
+            report({"failure": f"{stage}: {first_line(error)}"})
             break
     report({"seconds": round(time.perf_counter() - began, 1), "gigabytes": peak_memory()})
 
@@ -107,15 +106,19 @@ class Subject:
 
     model: nn.Module
     inputs: Any
-    gm: Any
-    analysis: Any
+    train: str
+    gm: nn.Module
+    analysis: rbpfx.Analysis
     masked: nn.Module
     pruned: nn.Module
 
-    def build(self, suite: str, name: str) -> Row:
+    def __init__(self, suite: str, name: str) -> None:
+        self.make = _zoo.suite(suite)[name]
+
+    def build(self) -> Row:
         """Random weights, none of them 0 or 1, and nothing random at run time."""
         torch.manual_seed(0)
-        self.model, self.inputs = _zoo.suite(suite)[name]()
+        self.model, self.inputs = self.make()
         randomize(self.model)
         without_dropout(self.model)
         self.model.eval()
@@ -151,13 +154,12 @@ class Subject:
             except Exception:
                 continue  # the model itself is made for one batch size
             row[what] = attempt(lambda i=inputs, e=expected: difference(e, evaluate(self.gm, i)))
-        row["train"] = train_mode(self.model, self.inputs)
-        if row["train"] == "deterministic":
+        self.train = row["train"] = train_mode(self.model, self.inputs)
+        if self.train == "deterministic":
             networks = (copy.deepcopy(n).train() for n in (self.model, self.gm))
             row["capture_error_train"] = attempt(
                 lambda: difference(*(evaluate(n, self.inputs) for n in networks))
             )
-        self.train = row["train"]
         del self.model
         return row
 
@@ -344,7 +346,7 @@ def is_smaller(row: Row) -> bool:
 
 
 def is_partial(row: Row) -> bool:
-    """Whether a tenth of the parameters or more is out of reach, or something was not understood."""
+    """Whether a tenth of the parameters is out of reach, or something was not understood."""
     return bool(row.get("unknown") or row.get("whole")) or row.get("in_groups", 0) < 0.9
 
 

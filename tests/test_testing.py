@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,7 +78,7 @@ def test_a_rule_that_forgets_an_attribute_fails() -> None:
 
 def test_a_rule_that_claims_too_much_fails() -> None:
     rbpfx.register_rule(Standardize, Elementwise())
-    with pytest.raises(AssertionError, match=r"check_both_modes fails .*outputs.* plan of seed"):
+    with pytest.raises(AssertionError, match=r"fails for the plan of seed 0.*: outputs: "):
         check_rule(Standardize(), torch.randn(3, 6, 4))
 
 
@@ -212,3 +214,15 @@ def test_combine_is_reusable() -> None:
 
     rbpfx.register_rule(Sum, Combine())
     check_rule(Sum(), torch.randn(3, 6, 4), torch.randn(3, 6, 4), plans=3)
+
+
+def test_the_page_on_writing_a_rule_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "writing-a-rule.md").read_text()
+    names: dict[str, Any] = {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    case = names["TestClippedReLU"]()
+    tests = [name for name in dir(case) if name.startswith("test_")]
+    for name in tests:
+        getattr(case, name)()
+    assert len(tests) >= 7

@@ -94,6 +94,7 @@ class Analysis:
         self.axes: dict[ParameterAxis, Atoms] = state.axes
         self.features: dict[ParameterAxis, Atoms] = state.features
         self.unknown: dict[str, str] = state.unknown
+        self.cuts = tuple(state.cuts.values())
         self.channel = solution.channel
         self.group_of = np.full(len(self.channel), -1, dtype=np.int64)
         self.unit_of = np.full(len(self.channel), -1, dtype=np.int64)

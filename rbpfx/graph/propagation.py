@@ -62,6 +62,26 @@ class Contraction:
 
 
 @dataclass(frozen=True, eq=False)
+class Cut:
+    """An axis of a computed weight that is sliced where it is used, and whole before.
+
+    Statistics over an axis of a weight (weight standardisation) need all of it, channels that are
+    gone included; what they give is a weight like any other.
+
+    Attributes:
+        node: The operator that uses the weight.
+        weight: The computed weight.
+        dim: The axis.
+        atoms: The channels along it.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    dim: int
+    atoms: Atoms
+
+
+@dataclass(frozen=True, eq=False)
 class Operand:
     """A weight-like input of an operator: a module's tensor or a value of the graph."""
 
@@ -70,12 +90,17 @@ class Operand:
     shape: tuple[int, ...]
     label: Label | None
     reason: str = "meets an axis that is not followed"
+    value: fx.Node | None = None
+    user: fx.Node | None = None
 
     def axis(self, dim: int) -> Atoms:
         """The atoms along an axis."""
         if self.name is not None:
             return self.state.parameter_axis(self.name, dim, self.shape[dim])
         assert self.label is not None
+        if self.label.block(dim) is None and self.value is not None and self.user is not None:
+            if not self.state.is_activation(self.value):
+                return self.state.cut(self.user, self.value, dim, self.shape[dim])
         return self.state.axis(self.label, dim, self.reason)
 
     def bind(self, dim: int, atoms: Atoms) -> None:
@@ -120,6 +145,7 @@ class Propagation:
         read_uses: How often every parameter axis meets a contracted axis.
         inexact: Normalisations that are sliced without regard to exactness: name for users ->
             the channels they mix.
+        cuts: Axes of computed weights that are sliced where they are used.
     """
 
     model: nn.Module
@@ -137,6 +163,7 @@ class Propagation:
     uses: Counter[str] = field(default_factory=Counter)
     read_uses: Counter[ParameterAxis] = field(default_factory=Counter)
     inexact: dict[str, Atoms] = field(default_factory=dict)
+    cuts: dict[tuple[fx.Node, fx.Node, int], Cut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tensors = (
@@ -193,12 +220,20 @@ class Propagation:
             shape, reason = tuple(tensor.shape), f"{qualified!r} is computed by a parametrization"
             return Operand(self, None, shape, Label(shape), reason)
         value = node.args[position] if len(node.args) > position else node.kwargs.get(name)
-        return self.value_operand(value) if isinstance(value, fx.Node) else None
+        return self.value_operand(value, node) if isinstance(value, fx.Node) else None
 
-    def value_operand(self, node: fx.Node) -> Operand:
-        """A value of the graph as a weight-like input."""
-        reason = f"meets an axis of {node.name!r} that is not followed"
-        return Operand(self, self._attribute(node), shape_of(node), self.label(node), reason)
+    def value_operand(self, value: fx.Node, user: fx.Node | None = None) -> Operand:
+        """A value of the graph as a weight-like input of an operator."""
+        reason = f"meets an axis of {value.name!r} that is not followed"
+        name, shape, label = self._attribute(value), shape_of(value), self.label(value)
+        return Operand(self, name, shape, label, reason, value, user)
+
+    def cut(self, user: fx.Node, weight: fx.Node, dim: int, size: int) -> Atoms:
+        """The channels along an axis of a computed weight that is sliced only where it is used."""
+        key = (user, weight, dim)
+        if key not in self.cuts:
+            self.cuts[key] = Cut(user, weight, dim, self.identities.new(size))
+        return self.cuts[key].atoms
 
     def parameter_axis(self, name: str, dim: int, size: int) -> Atoms:
         """Atoms of a parameter's axis, created at its first use."""

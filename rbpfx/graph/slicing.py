@@ -26,7 +26,7 @@ from rbpfx.plan import PruningPlan
 
 if TYPE_CHECKING:
     from rbpfx.graph.groups import Analysis
-    from rbpfx.graph.propagation import Labels, Read
+    from rbpfx.graph.propagation import Cut, Labels, Read
 
 Multipliers = Mapping[str, Tensor]
 
@@ -73,6 +73,9 @@ def _rewrite_part(analysed: fx.GraphModule, state: Slicing, analysis: Analysis) 
         if shuffle.source.graph is analysed.graph and shuffle.is_ragged(state.keep)
     ]
     moved = {node for shuffle in ragged for node in shuffle.nodes}
+    for cut in analysis.cuts:
+        if cut.node.graph is analysed.graph:
+            state.cut(cut)
     for node in analysed.graph.nodes:
         rule = find_rule(node, analysed)
         if rule is not None and node not in moved:
@@ -190,6 +193,7 @@ class Slicing:
         self.gm = emitted
         self.keep = keep
         self.labels: dict[fx.Node, Labels] = analysis.labels
+        self._cut: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self._reads = {read.node: read for read in analysis.reads}
         # Copies of a graph hold the same nodes in the same order.
         pairs = zip(analysed.graph.nodes, emitted.graph.nodes, strict=True)
@@ -265,6 +269,16 @@ class Slicing:
             place = np.maximum(np.cumsum(self.kept_along(label, dim)) - 1, 0)
             wide = self.select(twin, wide, dim, place)
         twin.replace_input_with(self.twin(source), wide)
+
+    def cut(self, cut: Cut) -> None:
+        """Slice a computed weight in front of the operator that uses it."""
+        keep = self.keep[cut.atoms]
+        if not keep.all():
+            twin = self.twin(cut.node)
+            weight = self._cut.get((cut.node, cut.weight), self.twin(cut.weight))
+            sliced = self.select(twin, weight, cut.dim, keep.nonzero()[0])
+            twin.replace_input_with(weight, sliced)
+            self._cut[cut.node, cut.weight] = sliced
 
     def narrow(self, node: fx.Node) -> None:
         """Take the channels that are gone out of a value that was computed at full width."""

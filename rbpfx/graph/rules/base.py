@@ -8,7 +8,7 @@ spellings of an operator share one rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from torch import Tensor, fx, nn
@@ -43,14 +43,14 @@ class Rule:
         return 0
 
 
+Operator: TypeAlias = type[nn.Module] | Callable[..., Any] | str
 # Names that torch accepts for its own.
 _NUMPY_NAMES = {"dim": "axis", "keepdim": "keepdims"}
-_REGISTRY: dict[Hashable, Rule] = {}
+_REGISTRY: dict[Any, Rule] = {}
 R = TypeVar("R", bound=Rule)
-Operator: TypeAlias = type[nn.Module] | Callable[..., Any] | str
 
 
-def register(rule: R, *operators: Hashable) -> R:
+def register(rule: R, *operators: Operator) -> R:
     """Register a rule.
 
     Args:

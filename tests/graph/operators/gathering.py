@@ -23,7 +23,7 @@ def gathering(b: Builder, x: int) -> int | None:
         (lambda v, i: torch.index_select(v, -1, i), places),
         (lambda v, i: v[..., i], places),
         (lambda v, i: v[:, :, i] if n == 3 else v[..., i], [places, places]),
-        (lambda v, i: v[:, 0, i] if n == 4 else v[..., i], places),
+        (lambda v, i: v[:, 0, ..., i] if n > 2 else v[..., i], places),
         (lambda v, i: v[v.shape[0] - v.shape[0] :, :, i] if n == 3 else v[:, i], [0, 1]),
     ]
     if b.rng.random() < 0.6:

@@ -44,7 +44,7 @@ def check(
     for seed in range(3):
         plan = random_plan(analysis, seed)
         masked, sliced = apply_mask(gm, analysis, plan), rewrite(gm, analysis, plan)
-        compiled = Compiled(gm, analysis, plan, masked, sliced)
+        compiled = Compiled(gm, analysis, plan, masked, sliced, {"attention": attention})
         removed += compiled.removed
         for train in (False, True):
             check_law(compiled, inputs, train=train)
