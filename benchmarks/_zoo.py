@@ -116,7 +116,8 @@ def _detector(name: str) -> Sample:
 # A small model of every module file of timm.
 _TIMM = """
 beitv2_base_patch16_224 halonet_h1 mobileone_s0 cait_xxs24_224 coat_tiny convit_tiny
-convmixer_768_32 convnext_atto_rms cpubone_nano crossvit_tiny_240 cs3darknet_s cspnext_tiny csatv2 davit_tiny
+convmixer_768_32 convnext_atto_rms cpubone_nano crossvit_tiny_240 cs3darknet_s cspnext_tiny
+csatv2 davit_tiny
 deepseek_vit_412m deit_tiny_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small
 efficientformer_l1 efficientformerv2_s0 mobilenet_edgetpu_v2_xs efficientvim_m1 efficientvit_b0
 efficientvit_m0 eva02_tiny_patch14_224 fasternet_t0 fastvit_mci0 focalnet_tiny_srf gcvit_xxtiny

@@ -162,11 +162,13 @@ class ValueTracer(GraphTracer):
         """Whether a call of `m` stays one `call_module` node."""
         if module_qualified_name in self.leaf_names or isinstance(m, self.leaf_types):
             return True
+        if is_parametrized(m):
+            return False  # what computes its weights is part of the network
         if isinstance(m, torch.jit.ScriptModule) or rule_of_module(m) is not None:
             return True
         of_torch = type(m).__module__.startswith(("torch.nn", "torch.ao.nn"))
         is_container = isinstance(m, nn.Sequential) or any(m.children())
-        return of_torch and not is_parametrized(m) and not is_container
+        return of_torch and not is_container
 
     def call_module(
         self,

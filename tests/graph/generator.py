@@ -232,7 +232,6 @@ class Builder:
         return result
 
 
-_Builder = Builder
 OPERATORS: dict[str, tuple[Callable[[Builder, int], int | None], float]] = {}
 
 

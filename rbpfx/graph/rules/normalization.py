@@ -122,7 +122,7 @@ class Mixing(Rule):
             return read_along(node, state, label, dims)
         if state.normalization == "freeze":
             reason = f"{over_channels(node, state)}; normalization='exact' would let them go"
-            return keep_whole(state, label, dims, reason)
+            return keep_whole(node, state, label, dims, reason)
         entangled = tuple(b for b in label.blocks if len(b.dims) > 1)
         passing = tuple(b for b in label.blocks if len(b.dims) == 1)
         for block in passing:
@@ -216,7 +216,7 @@ class GroupNorm(Mixing):
         """Bind the parameters to the channels."""
         label = state.label(tensor_input(node))
         spatial = set(range(2, label.ndim))
-        label = keep_whole(state, label, spatial, over_channels(node, state))
+        label = keep_whole(node, state, label, spatial, over_channels(node, state))
         groups = len(self._sizes(node, label, state.gm))
         exact = self.is_exact or state.normalization == "exact"
         if exact or groups == 1:
@@ -269,7 +269,7 @@ class Normalize(Rule):
         dims = {d % label.ndim for d in ((dims,) if isinstance(dims, int) else dims)}
         if argument(node, 1, "p", 2.0) >= 1:
             return read_along(node, state, label, dims)
-        return keep_whole(state, label, dims, over_channels(node, state))
+        return keep_whole(node, state, label, dims, over_channels(node, state))
 
 
 class LocalResponseNorm(Rule):
@@ -278,7 +278,7 @@ class LocalResponseNorm(Rule):
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Hand the label on."""
         label = state.label(tensor_input(node))
-        return keep_whole(state, label, {1}, over_channels(node, state))
+        return keep_whole(node, state, label, {1}, over_channels(node, state))
 
 
 register(BatchNorm(), nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

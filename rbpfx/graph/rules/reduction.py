@@ -26,9 +26,17 @@ from rbpfx.graph.rules.combine import COMBINE
 from rbpfx.graph.slicing import Slicing
 
 
-def keep_whole(state: Propagation, label: Label, dims: Iterable[int], reason: str) -> Label:
-    """Label of a value after an operator that mixes what lies along `dims`, and keeps the axes."""
+def keep_whole(
+    node: fx.Node, state: Propagation, label: Label, dims: Iterable[int], reason: str
+) -> Label:
+    """Label of a value after an operator that mixes what lies along `dims`, and keeps the axes.
+
+    The channels along them stay. A weight computed from parameters may still be sliced behind the
+    operator, so it is followed no further.
+    """
     mixed = set(dims)
+    if not state.is_activation(node):
+        return state.collapse(label, mixed, reason)
     whole = tuple(block for block in label.blocks if mixed.issuperset(block.dims))
     return Label(label.shape, (*state.collapse(label, mixed, reason).blocks, *whole))
 
@@ -51,7 +59,7 @@ def read_along(node: fx.Node, state: Propagation, label: Label, dims: Iterable[i
     readable = state.is_activation(source) and source.meta["val"].is_floating_point()
     chosen = max(single, key=lambda b: len(b.atoms), default=None) if readable else None
     rest = Label(label.shape, tuple(b for b in label.blocks if b is not chosen))
-    rest = keep_whole(state, rest, mixed, over_channels(node, state))
+    rest = keep_whole(node, state, rest, mixed, over_channels(node, state))
     if chosen is None:
         return rest
     state.read(node, source, chosen.dims[0], label=label)
@@ -83,7 +91,7 @@ class Reduce(Rule):
 
     def mixed(self, node: fx.Node, state: Propagation, label: Label, reduced: set[int]) -> Label:
         """Label of the input with what the reduction says of the axes it ends."""
-        return keep_whole(state, label, reduced, over_channels(node, state))
+        return keep_whole(node, state, label, reduced, over_channels(node, state))
 
     def reduced(self, node: fx.Node, ndim: int) -> set[int]:
         """The axes that end."""
@@ -112,7 +120,7 @@ class Norm(Sum):
         order = value_of(argument(node, 1, name, 2))
         if order == "fro" or (isinstance(order, (int, float)) and order >= 1):
             return super().mixed(node, state, label, reduced)
-        return keep_whole(state, label, reduced, over_channels(node, state))
+        return keep_whole(node, state, label, reduced, over_channels(node, state))
 
 
 class Mean(Sum):

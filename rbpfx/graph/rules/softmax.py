@@ -28,7 +28,7 @@ class Along(Rule):
         dim = value_of(setting(node, state.gm, 1, "dim", self.default))
         if not isinstance(dim, int) or isinstance(dim, bool):
             dim = self.default if self.default is not None else _implicit_dim(label)
-        label = keep_whole(state, label, {dim % label.ndim}, over_channels(node, state))
+        label = keep_whole(node, state, label, {dim % label.ndim}, over_channels(node, state))
         return label if isinstance(node.meta["val"], Tensor) else (label, label)
 
 
@@ -38,7 +38,7 @@ class ChannelSoftmax(Along):
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Hand the label on."""
         label = state.label(tensor_input(node))
-        return keep_whole(state, label, {label.ndim - 3}, over_channels(node, state))
+        return keep_whole(node, state, label, {label.ndim - 3}, over_channels(node, state))
 
 
 def _implicit_dim(label: Label) -> int:
