@@ -17,6 +17,8 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from rbpfx.errors import InputError
+from rbpfx.graph.rules.base import submodule
+from rbpfx.graph.shapes import call_value, module_value
 
 
 def fake_mode() -> FakeTensorMode:
@@ -75,9 +77,15 @@ def compute(node: fx.Node, root: nn.Module, mode: FakeTensorMode) -> Any:
     if node.op == "get_attr":
         value = _fetch(root, str(node.target))
         return mode.from_tensor(value) if isinstance(value, Tensor) else value
+    module = submodule(root, str(node.target)) if node.op == "call_module" else None
+    if module is not None:
+        value = module_value(module, args, kwargs)
+    else:
+        value = call_value(node.target, args, kwargs)
+    if value is not None:
+        return value
     with mode, torch.no_grad():
-        if node.op == "call_module":
-            module = root.get_submodule(str(node.target))
+        if module is not None:
             return _call(_faked(module, mode), module, args, kwargs, mode)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)

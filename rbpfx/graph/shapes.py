@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -19,8 +20,8 @@ from torch.nn import functional as F
 
 Shape: TypeAlias = Sequence[int]
 Form: TypeAlias = Callable[..., Any]
-Forms = TypeVar("Forms", bound=Form)
-_MODULES: dict[Hashable, Form] = {}
+AnyForm = TypeVar("AnyForm", bound=Form)
+_MODULES: dict[type[nn.Module], Form] = {}
 _CALLS: dict[Hashable, Form] = {}
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -30,39 +31,51 @@ def module_value(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     form = _MODULES.get(type(module))
     if form is None or kwargs or len(args) != 1 or not _is_plain(args[0]):
         return None
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
     return form(module, *args)
 
 
 def call_value(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a function, or a method of a name, returns; None if torch has to be asked."""
+    """What a function, or the method of a name, returns; None if torch has to be asked."""
     form = _CALLS.get(target)
-    if form is None or not args:
-        return None
-    return form(*args, **kwargs)
+    try:
+        return form(*args, **kwargs) if form is not None else None
+    except TypeError:
+        return None  # other arguments than the form knows
 
 
-def _for_modules(*kinds: type[nn.Module]) -> Callable[[Forms], Forms]:
+def _for_modules(*kinds: type[nn.Module]) -> Callable[[AnyForm], AnyForm]:
     """Register the form of modules: a function of the module and its one plain input."""
-    return lambda form: (_MODULES.update(dict.fromkeys(kinds, form)), form)[1]
+
+    def register(form: AnyForm) -> AnyForm:
+        _MODULES.update(dict.fromkeys(kinds, form))
+        return form
+
+    return register
 
 
-def _for_calls(*targets: Hashable) -> Callable[[Forms], Forms]:
+def _for_calls(*targets: Hashable) -> Callable[[AnyForm], AnyForm]:
     """Register the form of functions and methods: a function of the same arguments."""
-    return lambda form: (_CALLS.update(dict.fromkeys(targets, form)), form)[1]
+
+    def register(form: AnyForm) -> AnyForm:
+        _CALLS.update(dict.fromkeys(targets, form))
+        return form
+
+    return register
 
 
 # -- tensors ------------------------------------------------------------------------------
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a floating-point fake tensor, its elements in order, no autocast."""
+    """Whether a value is a floating-point fake tensor with its elements in order."""
     return (
         type(value) is FakeTensor
         and value.dtype in _FLOATING
         and value.layout is torch.strided
         and value.stride() == _strides(value.shape)
+        and value.constant is None
         and not torch.is_autocast_enabled(value.fake_device.type)
     )
 
@@ -77,33 +90,31 @@ def _strides(shape: Shape) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def _goes_with(x: FakeTensor, tensor: Tensor) -> bool:
+    """Whether a tensor has the type and the device of another."""
+    return tensor.dtype == x.dtype and tensor.device == x.fake_device
+
+
 def _fits(x: FakeTensor, tensor: Tensor | None, *shape: int) -> bool:
     """Whether a parameter or buffer is absent, or goes with `x` and has this shape."""
-    if tensor is None:
-        return True
-    return tensor.shape == shape and tensor.dtype == x.dtype and tensor.device == x.fake_device
+    return tensor is None or (tensor.shape == shape and _goes_with(x, tensor))
 
 
 def _new(x: FakeTensor, shape: Shape) -> FakeTensor:
     """A new plain tensor of the type and device of `x`."""
-    return FakeTensor(
-        x.fake_mode, torch.empty(shape, dtype=x.dtype, device="meta"), x.fake_device
-    )
+    return FakeTensor(x.fake_mode, torch.empty(shape, dtype=x.dtype, device="meta"), x.fake_device)
 
 
 # -- element by element -------------------------------------------------------------------
 
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.Mish, nn.Hardtanh)
-_GATES = (nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.LogSigmoid)
-_HARD = (nn.Hardswish, nn.Hardsigmoid)
 
-
-@_for_modules(*_ACTIVATIONS, *_GATES, *_HARD)
+@_for_modules(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.Mish, nn.Hardtanh)
+@_for_modules(nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardswish, nn.Hardsigmoid)
 def _activation(module: nn.Module, x: FakeTensor) -> FakeTensor:
     return x if getattr(module, "inplace", False) else _new(x, x.shape)
 
 
-@_for_modules(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+@_for_modules(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 def _unchanged(module: nn.Module, x: FakeTensor) -> FakeTensor:
     return x
 
@@ -115,9 +126,8 @@ def _activation_call(input: Any, inplace: bool = False) -> FakeTensor | None:
     return input if inplace else _new(input, input.shape)
 
 
-@_for_calls(torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.sqrt, torch.abs, torch.neg)
-@_for_calls("relu", "sigmoid", "tanh", "exp", "sqrt", "abs", "neg", F.sigmoid, F.tanh, F.gelu)
-@_for_calls(operator.neg)
+@_for_calls(F.gelu, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh, torch.exp)
+@_for_calls("relu", "sigmoid", "tanh", "exp", "sqrt", "abs", operator.neg, torch.sqrt, torch.abs)
 def _pointwise(input: Any, *, approximate: str = "none") -> FakeTensor | None:
     return _new(input, input.shape) if _is_plain(input) else None
 
@@ -130,9 +140,9 @@ def _binary(input: Any, other: Any) -> FakeTensor | None:
         return None
     if type(partner) in (int, float):
         return _new(tensor, tensor.shape)
-    if not _is_plain(partner) or not _alike(tensor, partner):
+    if not _is_plain(partner) or not _goes_with(tensor, partner):
         return None
-    if tensor.shape == partner.shape or _spreads(partner, tensor):
+    if _spreads(partner, tensor):
         return _new(tensor, tensor.shape)
     return _new(tensor, partner.shape) if _spreads(tensor, partner) else None
 
@@ -140,17 +150,15 @@ def _binary(input: Any, other: Any) -> FakeTensor | None:
 @_for_calls(operator.iadd, operator.isub, operator.imul, operator.itruediv)
 @_for_calls("add_", "sub_", "mul_", "div_")
 def _in_place(input: Any, other: Any) -> FakeTensor | None:
-    result = _binary(input, other)
-    fits = result is not None and isinstance(input, Tensor) and result.shape == input.shape
+    fits = _is_plain(input) and (
+        type(other) in (int, float)
+        or (_is_plain(other) and _goes_with(input, other) and _spreads(other, input))
+    )
     return input if fits else None
 
 
-def _alike(first: FakeTensor, second: FakeTensor) -> bool:
-    return first.dtype == second.dtype and first.fake_device == second.fake_device
-
-
 def _spreads(small: FakeTensor, large: FakeTensor) -> bool:
-    """Whether a tensor of at least one axis broadcasts to the shape of another."""
+    """Whether a tensor broadcasts to the shape of another (one without axes aside)."""
     missing = large.ndim - small.ndim
     if missing < 0 or not small.ndim:
         return False
@@ -160,12 +168,11 @@ def _spreads(small: FakeTensor, large: FakeTensor) -> bool:
 
 @_for_modules(nn.Softmax, nn.LogSoftmax)
 def _softmax(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
-    dim = module.dim
-    return _new(x, x.shape) if isinstance(dim, int) and -x.ndim <= dim < x.ndim else None
+    return _softmax_call(x, module.dim)
 
 
 @_for_calls(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
-def _softmax_call(input: Any, dim: Any = None) -> FakeTensor | None:
+def _softmax_call(input: Any, dim: Any) -> FakeTensor | None:
     if not _is_plain(input) or not isinstance(dim, int) or not -input.ndim <= dim < input.ndim:
         return None
     return _new(input, input.shape)
@@ -176,10 +183,10 @@ def _softmax_call(input: Any, dim: Any = None) -> FakeTensor | None:
 
 @_for_modules(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def _batch_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
-    ndim = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(module)]
-    tensors = (module.running_mean, module.running_var, module.weight, module.bias)
-    if x.ndim not in ndim or module.running_mean is None:
+    axes = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(module)]
+    if x.ndim not in axes or module.running_mean is None:
         return None
+    tensors = (module.running_mean, module.running_var, module.weight, module.bias)
     return _new(x, x.shape) if all(_fits(x, t, x.shape[1]) for t in tensors) else None
 
 
@@ -193,30 +200,28 @@ def _group_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
 
 @_for_modules(nn.LayerNorm)
 def _layer_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
-    return F_layer_norm(x, module.normalized_shape, module.weight, module.bias)
+    return _layer_norm_call(x, module.normalized_shape, module.weight, module.bias)
 
 
 @_for_calls(F.layer_norm)
-def F_layer_norm(
+def _layer_norm_call(
     input: Any, normalized_shape: Shape, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> FakeTensor | None:
-    """`F.layer_norm`."""
-    if not _is_plain(input) or tuple(input.shape[-len(normalized_shape) :]) != tuple(
-        normalized_shape
-    ):
+    shape = tuple(normalized_shape)
+    if not _is_plain(input) or input.shape[-len(shape) :] != shape:
         return None
-    fits = _fits(input, weight, *normalized_shape) and _fits(input, bias, *normalized_shape)
+    fits = _fits(input, weight, *shape) and _fits(input, bias, *shape)
     return _new(input, input.shape) if fits else None
 
 
 @_for_modules(nn.Linear)
-def _linear_layer(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
-    return _linear(x, module.weight, module.bias)
+def _linear(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+    return _linear_call(x, module.weight, module.bias)
 
 
 @_for_calls(F.linear)
-def _linear(input: Any, weight: Any, bias: Any = None) -> FakeTensor | None:
-    if not _is_plain(input) or not isinstance(weight, Tensor) or weight.ndim != 2 or not input.ndim:
+def _linear_call(input: Any, weight: Any, bias: Any = None) -> FakeTensor | None:
+    if not _is_plain(input) or not input.ndim or weight.ndim != 2:
         return None
     size = weight.shape[0]
     fits = _fits(input, weight, size, input.shape[-1]) and _fits(input, bias, size)
@@ -225,18 +230,15 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> FakeTensor | None:
 
 @_for_modules(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _convolution(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
-    weight = module.weight
-    out_channels, width, *kernel = weight.shape
-    channels = width * module.groups
-    if x.ndim != weight.ndim or out_channels % module.groups or isinstance(module.padding, str):
+    weight, groups = module.weight, module.groups
+    channels, width, *kernel = weight.shape
+    if module.padding_mode != "zeros" or isinstance(module.padding, str) or channels % groups:
         return None
-    if module.padding_mode != "zeros" or weight.stride() != _strides(weight.shape):
+    if x.ndim != weight.ndim or x.shape[1] != width * groups or not _goes_with(x, weight):
         return None
-    if x.shape[1] != channels or not _fits(x, weight, *weight.shape):
+    if weight.stride() != _strides(weight.shape) or not _fits(x, module.bias, channels):
         return None
-    if not _fits(x, module.bias, out_channels):
-        return None
-    return _slid(x, out_channels, kernel, module.stride, module.padding, module.dilation)
+    return _slid(x, channels, kernel, module.stride, module.padding, module.dilation)
 
 
 def _slid(
@@ -245,10 +247,7 @@ def _slid(
     """The result of a window that slides over the axes of space."""
     settings = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in settings]
-    return _new(x, (x.shape[0], channels, *sizes)) if all(size > 0 for size in sizes) else None
-
-
-# -- pooling ------------------------------------------------------------------------------
+    return _new(x, (x.shape[0], channels, *sizes)) if min(sizes) > 0 else None
 
 
 @_for_modules(nn.MaxPool2d)
@@ -269,21 +268,21 @@ def _pooled(module: nn.Module, x: FakeTensor, dilation: Shape) -> FakeTensor | N
     return _slid(x, x.shape[1], kernel, stride, padding, dilation)
 
 
-def _pair(setting: Any) -> Shape:
-    return (setting, setting) if isinstance(setting, int) else setting
-
-
 @_for_modules(nn.AdaptiveAvgPool2d)
-def _adaptive_pool_layer(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
-    return _adaptive_pool(x, module.output_size)
+def _adaptive_pool(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+    return _adaptive_pool_call(x, module.output_size)
 
 
 @_for_calls(F.adaptive_avg_pool2d)
-def _adaptive_pool(input: Any, output_size: Any) -> FakeTensor | None:
+def _adaptive_pool_call(input: Any, output_size: Any) -> FakeTensor | None:
     sizes = _pair(output_size)
-    if not _is_plain(input) or input.ndim != 4 or not all(isinstance(s, int) for s in sizes):
+    if not _is_plain(input) or input.ndim != 4 or not all(type(size) is int for size in sizes):
         return None
     return _new(input, (*input.shape[:2], *sizes))
+
+
+def _pair(setting: Any) -> Shape:
+    return (setting, setting) if isinstance(setting, int) else setting
 
 
 # -- several tensors ----------------------------------------------------------------------
@@ -291,23 +290,63 @@ def _adaptive_pool(input: Any, output_size: Any) -> FakeTensor | None:
 
 @_for_calls(torch.cat, torch.concat)
 def _concatenation(tensors: Any, dim: int = 0) -> FakeTensor | None:
-    first = tensors[0] if isinstance(tensors, (list, tuple)) and tensors else None
-    if not all(_is_plain(t) and t.ndim == first.ndim and _alike(t, first) for t in tensors):
+    first = tensors[0]
+    if not all(_is_plain(t) and t.ndim == first.ndim and _goes_with(first, t) for t in tensors):
         return None
     if not -first.ndim <= dim < first.ndim:
         return None
-    dim %= first.ndim
-    shape = list(first.shape)
-    shape[dim] = 1
+    before, after = first.shape[: dim % first.ndim], first.shape[dim % first.ndim + 1 :]
+    size = 0
     for tensor in tensors:
-        others = [1 if d == dim else size for d, size in enumerate(tensor.shape)]
-        if others != shape:
+        *leading, here = tensor.shape[: len(before) + 1]
+        if (*leading, *tensor.shape[len(before) + 1 :]) != (*before, *after):
             return None
-    shape[dim] = sum(t.shape[dim] for t in tensors)
-    return _new(first, shape)
+        size += here
+    return _new(first, (*before, size, *after))
 
 
-# -- views --------------------------------------------------------------------------------
+@_for_calls(torch.matmul, operator.matmul, "matmul", "__matmul__")
+def _matrix_product(input: Any, other: Any) -> FakeTensor | None:
+    """Products of batches of matrices, which may be transposed."""
+    if not (type(input) is type(other) is FakeTensor) or input.dtype not in _FLOATING:
+        return None
+    if not 3 <= input.ndim == other.ndim or not _goes_with(input, other):
+        return None
+    if torch.is_autocast_enabled(input.fake_device.type):
+        return None
+    batch, rows, inner = input.shape[:-2], input.shape[-2], input.shape[-1]
+    if other.shape[:-2] != batch or other.shape[-2] != inner:
+        return None
+    return _new(input, (*batch, rows, other.shape[-1]))
+
+
+# -- views and sizes ----------------------------------------------------------------------
+
+
+def _of_meta_kernel(call: Form, input: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a meta kernel of torch without the rest of what fake tensors do."""
+    if type(input) is not FakeTensor or input.layout is not torch.strided or input.constant:
+        return None
+    try:
+        with torch.no_grad(), in_kernel_invocation_manager(input.fake_mode):
+            result = call(input, *args, **kwargs)
+    except Exception:
+        return None  # torch will say what is wrong
+
+    def fake(tensor: Tensor) -> Tensor:
+        return input if tensor is input else FakeTensor(input.fake_mode, tensor, input.fake_device)
+
+    return fake(result) if isinstance(result, Tensor) else type(result)(map(fake, result))
+
+
+# Views, for which meta kernels are in C++ and quick.
+for _name in (
+    "view reshape flatten unflatten permute transpose swapaxes movedim unsqueeze squeeze expand "
+    "chunk split narrow select unbind contiguous"
+).split():
+    for _owner, _target in ((Tensor, _name), (torch, getattr(torch, _name, _name))):
+        if hasattr(_owner, _name):
+            _CALLS[_target] = partial(_of_meta_kernel, getattr(_owner, _name))
 
 
 @_for_calls(operator.getitem)
@@ -315,20 +354,18 @@ def _item(input: Any, index: Any) -> Any:
     if isinstance(input, (tuple, list)):
         return input[index]
     items = index if isinstance(index, tuple) else (index,)
-    basic = all(i is Ellipsis or i is None or type(i) in (int, slice) for i in items)
-    return _of_meta_kernel(operator.getitem, input, index) if basic else None
+    is_basic = all(i is Ellipsis or i is None or type(i) in (int, slice) for i in items)
+    return _of_meta_kernel(operator.getitem, input, index) if is_basic else None
 
 
-def _register_views() -> None:
-    """Views, for which the meta kernels of torch are in C++, and need no arithmetic from us."""
-    for name in (
-        "view reshape flatten unflatten permute transpose swapaxes movedim unsqueeze squeeze "
-        "expand chunk split narrow select unbind contiguous"
-    ).split():
-        _for_calls(name)(partial(_of_meta_kernel, methodcaller_of(name)))
+@_for_calls("size")
+def _size(input: Any, dim: int | None = None) -> Any:
+    return input.size() if dim is None else input.size(dim)
 
 
-def _of_meta_kernel(operator: Callable[..., Any], input: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an operator's meta kernel without the rest of what fake tensors do."""
-    if type(input) is not FakeTensor or input.layout is not torch.strided or input.constant:
-        return None
+@_for_calls(getattr)
+def _attribute(input: Any, name: str) -> Any:
+    return getattr(input, name) if name in ("shape", "dtype", "device") else None
+
+
+__all__ = ["call_value", "module_value"]

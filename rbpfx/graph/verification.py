@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rbpfx.errors import VerificationError
 from rbpfx.graph.capture import ExampleInputs, bind_inputs
 from rbpfx.graph.parts import captured_parts
+from rbpfx.graph.values import assume
 
 TOLERANCE = 1e-9
 
@@ -134,9 +135,11 @@ def in_double(network: nn.Module) -> nn.Module:
     """A copy in float64, where the code names a coarser type (`x.to(torch.float32)`) too."""
     network = copy.deepcopy(network).double()
     for part in captured_parts(network).values():
-        for node in part.graph.nodes:
+        for node in list(part.graph.nodes):
+            if node.target is assume:
+                part.graph.erase_node(node)  # it may hold for the coarser type only
             if not isinstance(node.meta.get("val"), Tensor):
-                continue  # a question about a type, such as a guard's
+                continue  # a question about a type
             node.args = map_aggregate(node.args, _finest)
             node.kwargs = map_aggregate(node.kwargs, _finest)
             if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
