@@ -153,7 +153,7 @@ def prune(
         pruned = rewrite(folded, analysis, plan)
         masked = apply_mask(folded, analysis, plan)
         examples = first_examples(inputs, VERIFIED_EXAMPLES)
-        error = require_equal(masked, pruned, examples, inexact=analysis.inexact)
+        error = require_equal(masked, pruned, examples, inexact=analysis.inexact(plan))
 
         refresh_batchnorm(pruned, loader, task)
         after_cut = evaluate(pruned)
@@ -189,7 +189,7 @@ def prune(
         device=_describe(device),
         seconds=time.perf_counter() - started,
         history=training.history,
-        inexact=analysis.inexact,
+        inexact=analysis.inexact(plan),
         metric="accuracy" if metric is None else getattr(metric, "__name__", "metric"),
     )
     return PruningResult(pruned, plan, report)

@@ -47,16 +47,21 @@ class Memory:
         found = []
         for storage, writes in self._written.items():
             holders = self._holders[storage]
+            # Grouped, since a residual stream that is added to in place has many holders alike.
+            alike = defaultdict(list)
+            for holder in holders:
+                alike[_geometry(holder)].append(holder)
             for write in writes:
-                if any(self._sees_change(holder, write) for holder in holders):
+                geometry = _geometry(write.all_input_nodes[0])
+                others = (h for other, same in alike.items() if other != geometry for h in same)
+                if any(self._sees_change(holder, write) for holder in others):
                     found.append((write, holders))
         return found
 
     def _sees_change(self, holder: fx.Node, write: fx.Node) -> bool:
-        target = write.all_input_nodes[0]
-        if self._place[holder] > self._place[write] or _geometry(holder) == _geometry(target):
+        if self._place[holder] > self._place[write]:
             return False
-        if _is_range_of(target, holder):
+        if _is_range_of(write.all_input_nodes[0], holder):
             return False
         return any(self._place[user] > self._place[write] for user in holder.users)
 

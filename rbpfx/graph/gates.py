@@ -7,6 +7,7 @@ call) to multipliers, `(N, size)` or `(1, size)`. Noise and masks are both gates
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -152,6 +153,10 @@ class _Inserter:
         self.done: set[tuple[fx.Node, fx.Node, int]] = set()
         self.memory = Memory(analysed)
         self.device = _device(gm)
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        self.tensors = [n for n in placeholders if getattr(n.meta.get("val"), "ndim", 0) > 0]
+        self.last = next(reversed(placeholders), None)  # gates are called behind the inputs
+        self.indices = itertools.count()
 
     def insert(self) -> None:
         self.gm.add_module(CONTAINER, nn.Module())
@@ -171,15 +176,14 @@ class _Inserter:
 
     def _sampling_node(self, group: ChannelGroup, target: str) -> fx.Node:
         """Call the gate as soon as the inputs of the model are there."""
-        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        tensors = [n for n in placeholders if getattr(n.meta.get("val"), "ndim", 0) > 0]
-        per_example = bool(tensors) and all(
-            read.dim > 0 and shape_of(read.source)[0] == shape_of(tensors[0])[0]
+        per_example = bool(self.tensors) and all(
+            read.dim > 0 and shape_of(read.source)[0] == shape_of(self.tensors[0])[0]
             for read in group.reads
         )
-        last = [*placeholders, *self.outputs.values()][-1]
-        with self.graph.inserting_after(last):
-            return self.graph.call_module(target, (tensors[0] if per_example else None,))
+        with self.graph.inserting_after(self.last):
+            reference = self.tensors[0] if per_example else None
+            self.last = self.graph.call_module(target, (reference,))
+        return self.last
 
     def _multiply(self, read: Read) -> None:
         if (read.node, read.source, read.dim) in self.done:
@@ -220,7 +224,7 @@ class _Inserter:
 
     def _index_buffer(self, index: Atoms) -> fx.Node:
         container = self.gm.get_submodule(CONTAINER)
-        name = f"index_{len(list(container.buffers(recurse=False)))}"
+        name = f"index_{next(self.indices)}"
         tensor = torch.from_numpy(index).to(self.device)
         container.register_buffer(name, tensor, persistent=False)
         return self.graph.get_attr(f"{CONTAINER}.{name}")

@@ -79,8 +79,6 @@ class Analysis:
         groups: The channel groups, in the order in which the network computes them.
         frozen: Producers with channels that stay, and why.
         unknown: Operators without a rule: node name -> operator.
-        inexact: Normalisations over channels that may go, which `rewrite` slices without regard
-            to exactness; there are none unless `normalization="sliced"`.
     """
 
     def __init__(
@@ -100,11 +98,7 @@ class Analysis:
         self.unit_of = np.full(len(self.channel), -1, dtype=np.int64)
         self.groups = self._find_groups(state, solution)
         self.frozen = tuple(self._frozen_axes(state, solution))
-        self.inexact = tuple(
-            name
-            for name, atoms in state.inexact.items()
-            if (self.group_of[self.channel[atoms]] >= 0).any()
-        )
+        self._normalized = state.inexact
         self._by_name = {group.name: group for group in self.groups}
 
     def __repr__(self) -> str:
@@ -140,6 +134,18 @@ class Analysis:
             keep[group.channels] = False
             keep[group.channels[list(units)]] = True
         return keep[self.channel]
+
+    def inexact(self, plan: PruningPlan | None = None) -> tuple[str, ...]:
+        """Normalisations that `rewrite` slices without regard to exactness.
+
+        Args:
+            plan: Those that this plan touches; by default all that any plan may touch.
+
+        Returns:
+            Their names; there are none unless the analysis was asked for `normalization="sliced"`.
+        """
+        stays = self.group_of[self.channel] < 0 if plan is None else self.keep(plan)
+        return tuple(n for n, atoms in self._normalized.items() if not stays[atoms].all())
 
     def gather(
         self, values: Mapping[str, npt.NDArray[np.float64] | float]
@@ -263,15 +269,18 @@ class Analysis:
     def _macs_saved(self) -> npt.NDArray[np.float64]:
         """For every channel, the multiply-accumulates that go when it goes alone, `(atoms,)`."""
         saved = np.zeros(len(self.channel))
+        count = np.zeros(len(self.channel))  # all zero between two factors
         batch = example_batch(self.gm)
         for contraction in self.contractions:
             factors = [self.channel[np.concatenate(factor)] for factor in contraction.factors]
-            touched = np.unique(np.concatenate([*factors, self.channel[:0]]))
+            touched = np.concatenate([*factors, self.channel[:0]])
             left = np.ones(len(touched))
             for channels, factor in zip(factors, contraction.factors, strict=True):
-                count = np.bincount(np.searchsorted(touched, channels), minlength=len(touched))
-                left *= 1 - count / max(len(factor[0]), 1)
-            saved[touched] += contraction.macs / batch * (1 - left)
+                np.add.at(count, channels, 1 / max(len(factor[0]), 1))
+                left *= 1 - count[touched]
+                count[channels] = 0
+            # A channel that occurs several times gets the same value every time.
+            saved[touched] = saved[touched] + contraction.macs / batch * (1 - left)
         return saved
 
     def _frozen_axes(self, state: Propagation, solution: Solution) -> Iterator[FrozenAxis]:

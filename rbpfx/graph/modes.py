@@ -243,14 +243,24 @@ class _Merger:
 
     def _mode_flag(self, user: fx.Node) -> fx.Node:
         if self.flag is None:
-            if hasattr(self.root, MODE_FLAG):
-                raise CaptureError(f"the model has an attribute {MODE_FLAG!r}; rename it.")
-            self.root.add_module(MODE_FLAG, TrainingMode())
             first = next(n for n in self.graph.nodes if n.op != "placeholder")
             with self.graph.inserting_before(first):
-                self.flag = self.graph.call_module(MODE_FLAG)
-            self.flag.meta["val"] = False
+                self.flag = mode_flag(self.graph, self.root)
         return self.flag
+
+
+def mode_flag(graph: fx.Graph, root: nn.Module) -> fx.Node:
+    """Add a node that says at run time whether the network is in train mode.
+
+    Raises:
+        CaptureError: The model uses the name of the module that says it.
+    """
+    if hasattr(root, MODE_FLAG):
+        raise CaptureError(f"the model has an attribute {MODE_FLAG!r}; rename it.")
+    root.add_module(MODE_FLAG, TrainingMode())
+    flag = graph.call_module(MODE_FLAG)
+    flag.meta["val"] = False
+    return flag
 
 
 def _interchangeable(in_train: Any, in_eval: Any) -> bool:

@@ -26,11 +26,19 @@ _EXAMPLES = "rbpfx_examples"
 
 def captured_parts(model: nn.Module) -> dict[str, fx.GraphModule]:
     """The graphs of a captured model by qualified name, outermost first ("" is the model)."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, fx.GraphModule) and module.graph._tracer_cls is GraphTracer
-    }
+    parts = {}
+    seen = set()
+    waiting = [("", model)]
+    while waiting:  # `named_modules` is recursive, and takes longer than some analyses
+        prefix, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if isinstance(module, fx.GraphModule) and module.graph._tracer_cls is GraphTracer:
+            parts[prefix] = module
+        children = [(n, m) for n, m in module._modules.items() if m is not None]
+        waiting += [(f"{prefix}.{n}" if prefix else n, m) for n, m in reversed(children)]
+    return parts
 
 
 def note_examples(gm: fx.GraphModule, count: int) -> None:

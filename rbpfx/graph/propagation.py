@@ -105,7 +105,11 @@ class Operand:
 
     def bind(self, dim: int, atoms: Atoms) -> None:
         """Say that an axis is indexed by these channels."""
-        self.state.identities.tie(self.axis(dim), atoms)
+        if self.name is None:
+            axis = self.axis(dim)
+        else:
+            axis = self.state.parameter_axis(self.name, dim, self.shape[dim], atoms)
+        self.state.identities.tie(axis, atoms)
 
     def pin_rest(self, *used: int) -> None:
         """Pin the axes of a graph value that the operator does not treat as channels."""
@@ -235,18 +239,30 @@ class Propagation:
             self.cuts[key] = Cut(user, weight, dim, self.identities.new(size))
         return self.cuts[key].atoms
 
-    def parameter_axis(self, name: str, dim: int, size: int) -> Atoms:
-        """Atoms of a parameter's axis, created at its first use."""
+    def parameter_axis(
+        self, name: str, dim: int, size: int, known: Atoms | None = None
+    ) -> Atoms:
+        """Atoms of a parameter's axis: at its first use the known ones if any, else fresh ones.
+
+        Most axes are bound to channels that exist already; taking those spares atoms and ties.
+        """
         if (name, dim) not in self.axes:
             self._home.setdefault(name, self.prefix)
-            self.axes[name, dim] = atoms = self.identities.new(size)
-            if size:
-                self._owners.append((name, dim))
-                self._starts.append(int(atoms[0]))
+            if known is not None and known.shape == (size,):
+                self.axes[name, dim] = known
+            else:
+                self.axes[name, dim] = self._fresh_axis(name, dim, size)
         if self._home[name] != self.prefix:
             reason = f"parameter {name!r} is used in several graphs"
             self.identities.pin(self.axes[name, dim], reason)
         return self.axes[name, dim]
+
+    def _fresh_axis(self, name: str, dim: int, size: int) -> Atoms:
+        atoms = self.identities.new(size)
+        if size:
+            self._owners.append((name, dim))
+            self._starts.append(int(atoms[0]))
+        return atoms
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a value depends on the inputs of the model, not on its parameters alone."""

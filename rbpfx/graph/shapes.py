@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 Shape: TypeAlias = Sequence[int]
 Form: TypeAlias = Callable[..., Any]
@@ -74,7 +75,9 @@ def _is_plain(value: Any) -> bool:
         type(value) is FakeTensor
         and value.dtype in _FLOATING
         and value.layout is torch.strided
-        and value.stride() == _strides(value.shape)
+        and value.is_contiguous()
+        # Nor does it look like channels_last. (The stride of a batch of one may be anything.)
+        and value.stride()[1:] == _strides(value.shape)[1:]
         and value.constant is None
         and not torch.is_autocast_enabled(value.fake_device.type)
     )
@@ -214,7 +217,7 @@ def _layer_norm_call(
     return _new(input, input.shape) if fits else None
 
 
-@_for_modules(nn.Linear)
+@_for_modules(nn.Linear, NonDynamicallyQuantizableLinear)
 def _linear(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
     return _linear_call(x, module.weight, module.bias)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -127,10 +128,11 @@ def sliced_tensors(
         for dim, factor in factors.get(name, {}).items():
             shape = [-1 if d == dim else 1 for d in range(new.ndim)]
             new = new * torch.from_numpy(factor).to(new).reshape(shape)
-        for dim, indices in shrunk.get(name, {}).items():
+        # The first axis first: its slices lie together in memory.
+        for dim, indices in sorted(shrunk.get(name, {}).items()):
             new = new.index_select(dim, torch.from_numpy(indices).to(new.device))
         if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new.clone(), requires_grad=old.requires_grad)
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
         tensors[name] = new
     return tensors
 
@@ -198,6 +200,7 @@ class Slicing:
         # Copies of a graph hold the same nodes in the same order.
         pairs = zip(analysed.graph.nodes, emitted.graph.nodes, strict=True)
         self._twins: dict[fx.Node, fx.Node] = dict(pairs)
+        self._calls = Counter(n.target for n in emitted.graph.nodes if n.op == "call_module")
 
     def twin(self, node: fx.Node) -> fx.Node:
         """The node of the emitted graph that stands for `node`."""
@@ -240,8 +243,8 @@ class Slicing:
             return None
         name = str(twin.target)
         module = self.gm.get_submodule(name)
-        calls = [n for n in self.gm.graph.nodes if n.op == "call_module" and n.target == name]
-        if len(calls) > 1:
+        if self._calls[name] > 1:
+            self._calls[name] -= 1
             module = copy.deepcopy(module)
             twin.target = self._free_name(name)
             self.gm.add_submodule(twin.target, module)

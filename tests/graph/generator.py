@@ -173,6 +173,12 @@ class Builder:
         recent = range(max(0, len(self.values) - 4), len(self.values))
         return self.rng.choice(recent if self.rng.random() < 0.8 else range(len(self.values)))
 
+    def writable(self, index: int) -> int | None:
+        """A value that may be modified in place: the given one, or any other."""
+        if index in self.fresh:
+            return index
+        return self.rng.choice(sorted(self.fresh)) if self.fresh else None
+
     def shape(self, index: int) -> tuple[int, ...]:
         return tuple(self.values[index].shape)
 

@@ -62,7 +62,7 @@ def deformable(b: Builder, x: int) -> int | None:
     return b.add(apply, x)
 
 
-@operator(0.8)
+@operator(1.5)
 def recurrent(b: Builder, x: int) -> int | None:
     shape = b.shape(x)
     if len(shape) != 3:

@@ -53,8 +53,10 @@ def activation(b: Builder, x: int) -> int | None:
 @operator(2)
 def in_place(b: Builder, x: int) -> int | None:
     """Later steps may read the value from before; they see it changed."""
-    if x not in b.fresh:
+    target = b.writable(x)
+    if target is None:
         return None
+    x = target
     functions: list[Function] = [
         lambda v: F.relu(v, inplace=True),
         lambda v: v.relu_(),
@@ -76,9 +78,10 @@ def in_place(b: Builder, x: int) -> int | None:
 @operator(2)
 def in_place_on_slice(b: Builder, x: int) -> int | None:
     """Changes a part of a value through a view of it."""
-    size = b.shape(x)[1]
-    if x not in b.fresh or size < 4:
+    target = b.writable(x)
+    if target is None or b.shape(target)[1] < 4:
         return None
+    x = target
     part = b.rng.choice([slice(1, 3), slice(None, None, 2), slice(-2, None)])
     result = b.add(lambda m, v: v[:, part].mul_(0.5), x)
     return None if result is None else b.add(lambda m, v: torch.sin(v), x)

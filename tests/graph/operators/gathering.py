@@ -45,7 +45,7 @@ def gathering(b: Builder, x: int) -> int | None:
     return b.add(lambda m, v: function(v), x)
 
 
-@operator(1)
+@operator(1.5)
 def position_bias(b: Builder, x: int) -> int | None:
     """A table of biases, one column per channel, picked by positions."""
     shape = b.shape(x)
@@ -98,10 +98,11 @@ def picked(b: Builder, x: int) -> int | None:
 @operator(3)
 def assignment(b: Builder, x: int) -> int | None:
     """Writes into a value."""
-    shape = b.shape(x)
-    others = [i for i in range(len(b.values)) if b.shape(i) == shape and i != x]
-    if x not in b.fresh or not others:
+    target = b.writable(x)
+    if target is None:
         return None
+    x, shape = target, b.shape(target)
+    others = [i for i in range(len(b.values)) if b.shape(i) == shape]
     a, c = sorted(b.rng.sample(range(shape[1] + 1), 2))
 
     def spatial(v: Any, w: Any) -> None:
@@ -139,7 +140,7 @@ def assignment(b: Builder, x: int) -> int | None:
     )
 
     def apply(m: Any, v: Any, w: Any) -> Any:
-        write(v, w)
+        write(v, w * 1.0)
         return v
 
     result = b.add(apply, x, b.rng.choice(others))
