@@ -4,7 +4,8 @@ See docs/writing-a-rule.md. A rule is registered with `rbpfx.register_rule` and 
 `rbpfx.testing.check_rule`.
 """
 
-from rbpfx.graph.propagation import Labels, Propagation
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Block, Label
 from rbpfx.graph.rules.base import Rule, register_rule
 from rbpfx.graph.rules.combine import Combine

@@ -27,6 +27,8 @@ from rbpfx.graph.parts import capture_inside, captured_parts, count_examples, no
 from rbpfx.graph.tracer import GraphTracer, LeafModule, ValueTracer
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
 def trace(
     model: nn.Module,
     example_inputs: ExampleInputs,

@@ -1,57 +1,64 @@
-"""Copies of module trees: what `copy.deepcopy` makes, in a tenth of the time.
+"""Deep copies of models, quick where modules are plain.
 
-Of the two dozen attributes of a module nearly all are empty dictionaries, numbers and names, for
-which the general machinery is far too much. Modules that say themselves how they are copied, and
-attributes of any other kind, are still left to it.
+Half of the time of `copy.deepcopy` on a network goes into the bookkeeping around numbers, names
+and empty dictionaries of hooks. Modules without pickling code of their own need none of it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections import OrderedDict
+from functools import cache
+from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
-# What every module has, empty as a rule.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_ATOMIC = frozenset(
-    {type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format}
-)
+Memo = dict[int, Any]
+
+_ATOMS = (NoneType, bool, int, float, str, type, FunctionType, BuiltinFunctionType)
+_ATOMIC = frozenset((*_ATOMS, torch.dtype, torch.device, torch.Size))
+_PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
 
 
-def copy_modules(model: M, memo: dict[int, Any]) -> M:
-    """A deep copy of a model.
+def copy_model(model: M, memo: Memo) -> M:
+    """`copy.deepcopy(model, memo)`.
 
     Args:
-        model: The model.
-        memo: As in `copy.deepcopy`: id of a part -> what takes its place in the copy. What is
-            copied is added.
+        model: Any module.
+        memo: What stands for an object in the copy, by its id.
     """
-    plain = [m for m in model.modules() if id(m) not in memo and _is_copied_plainly(type(m))]
-    for module in plain:
-        memo[id(module)] = module.__new__(type(module))
-    for module in plain:
-        memo[id(module)].__dict__ = {
-            name: _copied(name, value, memo) for name, value in vars(module).items()
-        }
+    # Children first, so that a module finds the copies of its children in the memo.
+    for module in reversed(list(model.modules())):
+        if _is_plain(type(module)) and id(module) not in memo:
+            _copy_module(module, memo)
     return copy.deepcopy(model, memo)
 
 
-def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
+@cache
+def _is_plain(cls: type[nn.Module]) -> bool:
+    """Whether the state of instances is their `__dict__`."""
+    own = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    return not any(name in base.__dict__ for base in own for name in _PROTOCOL)
+
+
+def _copy_module(module: nn.Module, memo: Memo) -> None:
+    twin = memo[id(module)] = module.__new__(type(module))
+    twin.__setstate__({name: _copied(v, memo) for name, v in module.__dict__.items()})
+
+
+def _copied(value: Any, memo: Memo) -> Any:
     if type(value) in _ATOMIC:
         return value
-    if name not in _OF_EVERY_MODULE:
-        return copy.deepcopy(value, memo)
-    # Parameters, buffers, submodules and hooks, in dictionaries that nothing else refers to.
-    return type(value)((key, copy.deepcopy(item, memo)) for key, item in value.items())
-
-
-def _is_copied_plainly(kind: type[nn.Module]) -> bool:
-    """Whether a class leaves copying to the attributes of its modules."""
-    changed = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
-    is_default = all(getattr(kind, n, None) is getattr(object, n, None) for n in changed)
-    # Classes of torch complete what older versions of them have saved.
-    return is_default and kind.__setstate__.__module__.startswith("torch.nn.")
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) is dict:
+        memo[id(value)] = twin = {}
+        twin.update({name: _copied(v, memo) for name, v in value.items()})
+        return twin
+    if type(value) is OrderedDict and not value:
+        memo[id(value)] = hooks = OrderedDict[Any, Any]()
+        return hooks
+    return copy.deepcopy(value, memo)

@@ -9,29 +9,31 @@ for the mode ask the graph's mode again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._pytree import (
     GetAttrKey,
-    MappingKey,
     SequenceKey,
+    keystr,
     tree_flatten_with_path,
     tree_leaves,
     tree_unflatten,
 )
 
-from rbpfx.errors import CaptureError, InputError
+from rbpfx.errors import CaptureError, GuardError, InputError
 from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.metadata import compute, fake_inputs, fake_mode
 from rbpfx.graph.modes import by_mode, in_mode, mode_flag
-from rbpfx.graph.overloads import Call, named_arguments, spellings
+from rbpfx.graph.overloads import Call, in_schema_order, named_arguments, spellings
 from rbpfx.graph.parts import count_examples, note_examples
 from rbpfx.graph.rules.base import find_rule
 from rbpfx.graph.tracer import GraphTracer
@@ -42,7 +44,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 # Names that schemas have for "in train mode"; normalisations ask whether to use batch statistics.
 _MODE_ARGUMENTS = frozenset({"train", "training", "use_input_stats"})
 # Checks of the program that hold by construction, or for one data type only.
-_CHECKS = frozenset({"_assert_tensor_metadata"})
+_CHECKS = frozenset({torch.ops.aten._assert_tensor_metadata})
 _COUNTER = "num_batches_tracked"
 
 
@@ -103,45 +105,303 @@ class _Translation:
         self.program = program
         self.source = source
         self.values = values
-        self.mode = fake_mode()
+        self.trained = _exported_in_train_mode(source)
         self.gm = _with_state_of(source)
         self.graph = fx.Graph()
-        self.twin: dict[fx.Node, fx.Node] = {}
-        self.attributes: dict[str, fx.Node] = {}
-        self.flag: fx.Node | None = None
-        self.trained = False
+        self.mode = fake_mode()
+        self._twins: dict[fx.Node, Any] = {}
 
     def run(self) -> None:
         """Build the graph."""
-        placeholders = [n for n in self.source.graph.nodes if n.op == "placeholder"]
-        arguments = self._inputs(placeholders)
+        arguments = self._arguments()
+        nodes = [self._placeholder(name) for name in arguments]
         self.flag = mode_flag(self.graph, self.gm)
-        for name, structure in arguments.items():
-            self._unpack(name, structure)
-        results = self._walk(self.source.graph, self.source)
+        for node, structure in zip(nodes, arguments.values(), strict=True):
+            self._unpack(node, structure)
+        results = self._walk(self.source.graph)
         assert self.program.call_spec.out_spec is not None
-        result = tree_unflatten(tree_leaves(results), self.program.call_spec.out_spec)
-        self._compute(self.graph.output(self._packed(result)))
+        result = tree_unflatten(list(results), self.program.call_spec.out_spec)
+        self._valued(self.graph.output(self._packed(result)))
         if not self.flag.users:
             self.graph.erase_node(self.flag)
-            del self.gm._modules[str(self.flag.target)]
+            self.gm.delete_submodule(str(self.flag.target))
         self.gm.graph = self.graph
 
     # -- inputs and outputs ---------------------------------------------------------------
 
-    def _inputs(self, placeholders: list[fx.Node]) -> dict[str, Any]:
-        """Add a placeholder per argument; argument name -> the placeholders of its leaves."""
+    def _arguments(self) -> dict[str, Any]:
+        """Argument name -> the placeholders of the program in the structure of the argument."""
+        placeholders = [n for n in self.source.graph.nodes if n.op == "placeholder"]
         assert self.program.call_spec.in_spec is not None
         args, kwargs = tree_unflatten(placeholders, self.program.call_spec.in_spec)
-        names = list(inspect.signature(self.source.forward).parameters)
+        names = inspect.signature(self.source.forward).parameters
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         if arguments.keys() != self.values.keys():
             raise InputError(
                 f"the program takes {', '.join(arguments)}; the example inputs give "
                 f"{', '.join(self.values) or 'nothing'}"
             )
-        for name in arguments:
-            node = self.graph.placeholder(name)
-            node.meta["val"] = fake_inputs(self.mode, self.values[name])
-            self.attributes[name] = node
         return arguments
+
+    def _placeholder(self, name: str) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = fake_inputs(self.mode, self.values[name])
+        return node
+
+    def _unpack(self, node: fx.Node, structure: Any) -> None:
+        """Fetch what the program takes from an argument, and check what it takes for granted."""
+        for path, placeholder in tree_flatten_with_path(structure)[0]:
+            leaf = node
+            for key in path:
+                function, index = _step(key)
+                leaf = self._new(Call("call_function", function, (leaf, index), {}))
+            self._twins[placeholder] = leaf
+            self._guard(leaf, placeholder.meta["val"], f"{str(node.target) + keystr(path)!r}")
+
+    def _guard(self, node: fx.Node, value: Any, name: str) -> None:
+        if isinstance(value, Tensor):
+            for axis, size in enumerate(value.shape):
+                if isinstance(size, int):  # not a symbol
+                    asked = self._new(Call("call_method", "size", (node, axis), {}))
+                    self._assume(asked, size, f"axis {axis} of argument {name}")
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            self._assume(node, value, f"argument {name}")
+
+    def _assume(self, node: fx.Node, value: Any, where: str) -> None:
+        where = f"{where}, which the exported program fixes,"
+        self._valued(call_leaf(self.graph, assume, (node, value, where)))
+
+    def _packed(self, value: Any) -> Any:
+        """A result of the model as an argument of a node."""
+        if is_dataclass(value) and not isinstance(value, type):
+            given = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+            kwargs = {name: self._packed(v) for name, v in given.items() if v is not None}
+            return self._new(Call("call_function", type(value), (), kwargs))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            args = tuple(self._packed(v) for v in value)
+            return self._new(Call("call_function", type(value), args, {}))
+        if type(value) in (tuple, list):
+            return type(value)(self._packed(v) for v in value)
+        if type(value) is dict:
+            return {key: self._packed(v) for key, v in value.items()}
+        if value is None or isinstance(value, (fx.Node, bool, int, float, str)):
+            return value
+        raise CaptureError(
+            f"the program returns a {type(value).__name__}, which a graph cannot make; export a "
+            "module around the model that returns tensors, tuples or dictionaries."
+        )
+
+    # -- nodes ----------------------------------------------------------------------------
+
+    def _walk(self, graph: fx.Graph) -> Any:
+        """Translate the nodes of a graph; what it returns."""
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self._twins[node] = self._call(node)
+            elif node.op == "output":
+                return self._mapped(node.args[0])
+        raise AssertionError("a graph without output")
+
+    def _mapped(self, args: Any) -> Any:
+        return map_arg(args, self._twin)
+
+    def _twin(self, node: fx.Node) -> Any:
+        """What stands for a node of the program; its parameters are fetched where they are used."""
+        if node not in self._twins:
+            assert node.op == "get_attr", node.format_node()
+            self._twins[node] = self._attribute(node)
+        return self._twins[node]
+
+    def _attribute(self, node: fx.Node) -> fx.Node:
+        name = str(node.target)
+        value = attrgetter(name)(node.graph.owning_module)
+        if not isinstance(value, Tensor) or node.graph is not self.source.graph:
+            raise CaptureError(f"the program holds {name!r}, a {type(value).__name__}")
+        if not _has(self.gm, name):  # a constant of the program
+            _owner(self.gm, name).register_buffer(name.rpartition(".")[2], value, persistent=False)
+        return self._valued(self.graph.get_attr(name))
+
+    def _call(self, node: fx.Node) -> Any:
+        if isinstance(node.target, HigherOrderOperator):
+            return self._inlined(node)
+        args, kwargs = self._mapped(node.args), self._mapped(node.kwargs)
+        if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
+            return args[0][args[1]]  # of what was inlined
+        if not isinstance(node.target, OpOverload):
+            return self._new(Call("call_function", node.target, args, kwargs), node.name)
+        if node.target.overloadpacket in _CHECKS:
+            return None
+        if self.trained and node.target is torch.ops.aten.add_.Tensor and _is_counter(args[0]):
+            return self._counted(args[0])
+        given = self._asking_the_mode(node.target, named_arguments(node.target, args, kwargs))
+        return self._spelled(node.target, given, node.name)
+
+    def _inlined(self, node: fx.Node) -> Any:
+        """What a region with or without gradients returns, its operators in place of the region."""
+        name = node.target.name()  # type: ignore[union-attr]
+        if name == "wrap_with_set_grad_enabled":
+            (enabled, body), args = node.args[:2], node.args[2:]
+        elif name == "wrap_with_autocast" and not node.args[2]:
+            enabled, body, args = True, node.args[4], node.args[5:]
+        else:
+            raise CaptureError(
+                f"the program holds {name!r} (node {node.name!r}), which a graph cannot hold; "
+                "export the model without it, or capture the model itself."
+            )
+        region = getattr(node.graph.owning_module, str(body.target))  # type: ignore[union-attr]
+        placeholders = [n for n in region.graph.nodes if n.op == "placeholder"]
+        self._twins.update(zip(placeholders, self._mapped(args), strict=True))
+        results = self._walk(region.graph)
+        return results if enabled else map_aggregate(results, self._detached)
+
+    def _detached(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node) or not isinstance(value.meta["val"], Tensor):
+            return value
+        return self._new(Call("call_method", "detach", (value,), {}))
+
+    # -- the mode -------------------------------------------------------------------------
+
+    def _asking_the_mode(self, overload: OpOverload, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments in which constants that stand for the program's mode ask for the mode."""
+        asking = dict(given)
+        for name, literal in _literals_of_mode(given).items():
+            if bool(literal) is self.trained:
+                if isinstance(literal, bool):
+                    asking[name] = self.flag
+                else:
+                    args = (self.flag, literal, 0.0)
+                    asking[name] = self._valued(call_leaf(self.graph, by_mode, args))
+        if overload is torch.ops.aten.batch_norm.default and not self.trained:
+            mean = given["running_mean"]
+            counter = str(mean.target).replace("running_mean", _COUNTER) if mean else ""
+            if mean is not None and mean.op == "get_attr" and _has(self.gm, counter):
+                self._counted(self._valued(self.graph.get_attr(counter)))
+        return asking
+
+    def _counted(self, counter: fx.Node) -> fx.Node:
+        """Count a batch in train mode."""
+        args = (self.flag, True, "add_", counter, 1)
+        return self._valued(call_leaf(self.graph, in_mode, args))
+
+    # -- operators ------------------------------------------------------------------------
+
+    def _spelled(self, overload: OpOverload, given: dict[str, Any], name: str) -> fx.Node:
+        """The call of torch that an overload stands for; the overload where there is none."""
+        literal = in_schema_order("call_function", overload, overload, given)
+        expected = self._new(literal, name)
+        if find_rule(expected, self.gm) is not None:
+            return expected
+        candidates = [self.graph.create_node(*call) for call in spellings(overload, given)]
+        candidates.sort(key=lambda node: find_rule(node, self.gm) is None)
+        found = next((n for n in candidates if self._is_like(n, expected)), expected)
+        for node in (expected, *candidates):
+            if node is not found:
+                self.graph.erase_node(node)
+        return found
+
+    def _is_like(self, node: fx.Node, expected: fx.Node) -> bool:
+        """Whether a call takes its arguments and gives a value of the expected kind."""
+        try:
+            node.meta["val"] = compute(node, self.gm, self.mode)
+        except Exception:
+            return False
+        pair = (tree_leaves(n.meta["val"]) for n in (node, expected))
+        values, wanted = (list(map(_kind, leaves)) for leaves in pair)
+        return values == wanted
+
+    def _new(self, call: Call, name: str | None = None) -> fx.Node:
+        return self._valued(self.graph.create_node(*call, name=name))
+
+    def _valued(self, node: fx.Node) -> fx.Node:
+        try:
+            node.meta["val"] = compute(node, self.gm, self.mode)
+        except GuardError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the program does not run on the example inputs: node {node.name!r}: {error}"
+            ) from error
+        return node
+
+
+def _step(key: Any) -> tuple[Callable[..., Any], Any]:
+    """How to take one step into a nested value."""
+    if isinstance(key, GetAttrKey):
+        return getattr, key.name
+    return operator.getitem, key.idx if isinstance(key, SequenceKey) else key.key
+
+
+def _kind(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return (value.shape, value.dtype, value.device, value.layout, value.stride())
+
+
+def _literals_of_mode(given: Mapping[str, Any]) -> dict[str, bool | float]:
+    """The arguments of an operator that depend on the mode of the model that was exported."""
+    if "running_mean" in given and given["running_mean"] is None:
+        return {}  # batch statistics in both modes
+    names = _MODE_ARGUMENTS & given.keys()
+    found = {name: given[name] for name in names if isinstance(given[name], bool)}
+    if given.get("dropout_p"):
+        found["dropout_p"] = given["dropout_p"]
+    return found
+
+
+def _exported_in_train_mode(source: fx.GraphModule) -> bool:
+    """Whether a program's constants are those of train mode.
+
+    Normalisations decide: a dropout may be on in eval mode too (`F.dropout(x)`).
+    """
+    normalisations, others = [], []
+    for part in source.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if isinstance(node.target, OpOverload):
+                given = named_arguments(node.target, node.args, node.kwargs)
+                literals = normalisations if "running_mean" in given else others
+                literals.extend(map(bool, _literals_of_mode(given).values()))
+    return any(normalisations) if normalisations else bool(others) and all(others)
+
+
+def _is_counter(node: Any) -> bool:
+    return isinstance(node, fx.Node) and str(node.target).endswith(_COUNTER)
+
+
+# -- state -----------------------------------------------------------------------------------
+
+
+def _with_state_of(source: nn.Module) -> fx.GraphModule:
+    """A graph module without graph over the same parameters and buffers.
+
+    Tied parameters come out of a file as tensors of their own in the same memory.
+    """
+    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name="ExportedModel")
+    tied: dict[Any, nn.Parameter] = {}
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        place = (parameter.data_ptr() or id(parameter), parameter.shape, parameter.stride())
+        shared = tied.setdefault(place, parameter)
+        _owner(gm, name).register_parameter(name.rpartition(".")[2], shared)
+    for path, module in source.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            owner = _owner(gm, f"{path}.{name}" if path else name)
+            owner.register_buffer(name, buffer, name not in module._non_persistent_buffers_set)
+    return gm
+
+
+def _owner(gm: fx.GraphModule, name: str) -> nn.Module:
+    """The module that holds a tensor of a qualified name; made if there is none."""
+    owner = name.rpartition(".")[0]
+    if owner and not _has(gm, owner):
+        gm.add_submodule(owner, nn.Module())
+    return gm.get_submodule(owner)
+
+
+def _has(gm: nn.Module, name: str) -> bool:
+    try:
+        attrgetter(name)(gm)
+    except AttributeError:
+        return False
+    return True
+
+
+__all__ = ["trace_program"]

@@ -19,8 +19,8 @@ from rbpfx.errors import RbpfxError
 from rbpfx.graph.aliasing import Memory
 from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.groups import Analysis, ChannelGroup
+from rbpfx.graph.operands import Read
 from rbpfx.graph.parts import captured_parts
-from rbpfx.graph.propagation import Read
 from rbpfx.graph.provenance import Atoms
 from rbpfx.graph.rules.base import shape_of
 from rbpfx.graph.slicing import Multipliers

@@ -16,10 +16,12 @@ import numpy.typing as npt
 from torch import fx, nn
 
 from rbpfx.errors import PlanError, RbpfxError
+from rbpfx.graph.operands import Contraction, Labels, ParameterAxis, Read
 from rbpfx.graph.parts import captured_parts, example_batch
-from rbpfx.graph.propagation import Contraction, Labels, ParameterAxis, Propagation, Read
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Atoms, Block, Keep, Label, Solution
 from rbpfx.graph.shuffles import Shuffle, find_shuffles
+from rbpfx.graph.walk import walk
 from rbpfx.plan import PruningPlan
 
 _HASH_BASE = np.int64(6364136223846793005)
@@ -81,9 +83,7 @@ class Analysis:
         unknown: Operators without a rule: node name -> operator.
     """
 
-    def __init__(
-        self, state: Propagation, solution: Solution, shuffles: Sequence[Shuffle]
-    ) -> None:
+    def __init__(self, state: Propagation, solution: Solution, shuffles: Sequence[Shuffle]) -> None:
         self.shuffles = tuple(shuffles)
         self.gm: nn.Module = state.model
         self.reads: list[Read] = state.reads
@@ -341,7 +341,7 @@ def analyze(
         raise RbpfxError(
             f"the graph has no tensor metadata on {missing[0]!r}; capture it with rbpfx.trace"
         )
-    state = Propagation(gm, unit, attention, normalization).run()
+    state = walk(gm, unit, attention, normalization)
     solution = state.identities.solve()
     shuffles = []
     for name, part in parts.items():

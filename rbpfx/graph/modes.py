@@ -41,9 +41,7 @@ def by_mode(training: bool, in_train: T, in_eval: T) -> T:
     return in_train if training else in_eval
 
 
-def in_mode(
-    training: bool, wanted: bool, name: str, target: Any, *args: Any, **kwargs: Any
-) -> Any:
+def in_mode(training: bool, wanted: bool, name: str, target: Any, *args: Any, **kwargs: Any) -> Any:
     """An in-place method (or `operator` function) that only one mode calls; returns `target`."""
     if training == wanted:
         if name in _OPERATORS:

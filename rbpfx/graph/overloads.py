@@ -60,7 +60,7 @@ def spellings(overload: OpOverload, given: Arguments) -> Iterator[Call]:
     """
     packet = overload.overloadpacket
     if overload.namespace != "aten":
-        yield _in_schema_order("call_function", packet, overload, given)
+        yield in_schema_order("call_function", packet, overload, given)
         return
     name = packet.__name__
     for pattern, spell in _EXCEPTIONS.items():
@@ -72,7 +72,7 @@ def spellings(overload: OpOverload, given: Arguments) -> Iterator[Call]:
         if isinstance(function, FunctionType):
             yield from _by_name(op, target, function, overload, given)
         else:
-            yield _in_schema_order(op, target, overload, given)
+            yield in_schema_order(op, target, overload, given)
     if name.endswith("_"):
         for op, target, function in _of_that_name(name[:-1]):
             if isinstance(function, FunctionType):
@@ -90,7 +90,7 @@ def _of_that_name(name: str) -> Iterator[tuple[str, Any, Any]]:
         yield "call_method", name, getattr(Tensor, name)
 
 
-def _in_schema_order(op: str, target: Any, overload: OpOverload, given: Arguments) -> Call:
+def in_schema_order(op: str, target: Any, overload: OpOverload, given: Arguments) -> Call:
     """A call of what torch generates from the schema; defaults at the end are left out."""
     schema = overload._schema.arguments
     positional = [argument for argument in schema if not argument.kwarg_only]

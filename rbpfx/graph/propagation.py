@@ -1,134 +1,24 @@
-"""The first half of the analysis: walk the graph once and let every rule speak.
+"""What rules talk to while the graph is walked (`rbpfx.graph.walk`).
 
-`Propagation` is what rules talk to: it holds the label of every value, the atoms of every
-parameter axis, the reads (edges where channels are contracted) and the contractions (what costs
-multiply-accumulates).
+`Propagation` holds the label of every value, the atoms of every parameter axis, the reads (edges
+where channels are contracted) and the contractions (what costs multiply-accumulates).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, is_dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from rbpfx.errors import RuleError
-from rbpfx.graph.aliasing import Memory
-from rbpfx.graph.modes import evaluated_nodes
+from rbpfx.graph.operands import Contraction, Cut, Labels, Operand, ParameterAxis, Read
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.provenance import Atoms, Block, Identities, Label
-from rbpfx.graph.rules.base import Rule, find_rule, operator_name, shape_of, submodule
-
-Labels: TypeAlias = Label | tuple["Label | None", ...] | None
-ParameterAxis: TypeAlias = tuple[str, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Read:
-    """An edge on which channels are contracted, so that a zero there removes the channel.
-
-    Attributes:
-        node: The operator that contracts.
-        source: The value it reads.
-        dim: The contracted axis of `source`.
-        atoms: For every index of that axis its channel; a second array where the positions of a
-            flattened feature map are units of their own.
-        weight: The parameter axis that meets the contracted axis and can absorb a constant
-            multiplier, if it is a parameter.
-    """
-
-    node: fx.Node
-    source: fx.Node
-    dim: int
-    atoms: tuple[Atoms, ...]
-    weight: ParameterAxis | None
-
-
-@dataclass(frozen=True, eq=False)
-class Contraction:
-    """An operator that costs multiply-accumulates, as a product of shares of its axes.
-
-    With `keep` a 0/1 array over atoms, its cost is `macs` times, for every factor, the mean over
-    the axis of the product of `keep[atoms]` over the factor's arrays.
-    """
-
-    node: fx.Node
-    macs: int
-    factors: tuple[tuple[Atoms, ...], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """An axis of a computed weight that is sliced where it is used, and whole before.
-
-    Statistics over an axis of a weight (weight standardisation) need all of it, channels that are
-    gone included; what they give is a weight like any other.
-
-    Attributes:
-        node: The operator that uses the weight.
-        weight: The computed weight.
-        dim: The axis.
-        atoms: The channels along it.
-    """
-
-    node: fx.Node
-    weight: fx.Node
-    dim: int
-    atoms: Atoms
-
-
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """A weight-like input of an operator: a module's tensor or a value of the graph."""
-
-    state: Propagation
-    name: str | None
-    shape: tuple[int, ...]
-    label: Label | None
-    reason: str = "meets an axis that is not followed"
-    value: fx.Node | None = None
-    user: fx.Node | None = None
-
-    def axis(self, dim: int) -> Atoms:
-        """The atoms along an axis."""
-        if self.name is not None:
-            return self.state.parameter_axis(self.name, dim, self.shape[dim])
-        assert self.label is not None
-        if self.label.block(dim) is None and self.value is not None and self.user is not None:
-            if not self.state.is_activation(self.value):
-                return self.state.cut(self.user, self.value, dim, self.shape[dim])
-        return self.state.axis(self.label, dim, self.reason)
-
-    def bind(self, dim: int, atoms: Atoms) -> None:
-        """Say that an axis is indexed by these channels."""
-        if self.name is None:
-            axis = self.axis(dim)
-        else:
-            axis = self.state.parameter_axis(self.name, dim, self.shape[dim], atoms)
-        self.state.identities.tie(axis, atoms)
-
-    def pin_rest(self, *used: int) -> None:
-        """Pin the axes of a graph value that the operator does not treat as channels."""
-        if self.label is not None:
-            for block in self.label.without(*used):
-                self.state.identities.pin(block.atoms, "axis of a weight that is no channel axis")
-
-    def parameter_axis(self, dim: int) -> ParameterAxis | None:
-        """The parameter axis, if the operand is a parameter."""
-        return (self.name, dim) if self.name is not None else None
-
-    def as_label(self) -> Label:
-        """The label of the operand as a value."""
-        if self.label is not None:
-            return self.label
-        sizes = enumerate(self.shape)
-        return Label(
-            self.shape, tuple(Block((dim,), self.axis(dim)) for dim, size in sizes if size > 1)
-        )
+from rbpfx.graph.rules.base import find_rule, shape_of, submodule
 
 
 @dataclass
@@ -179,9 +69,9 @@ class Propagation:
         self._feature_atoms: dict[tuple[fx.Node, int], Atoms] = {}
         self._owners: list[ParameterAxis] = []
         self._starts: list[int] = []
-        self._activations: set[fx.Node] = set()
+        self.activations: set[fx.Node] = set()
         self._home: dict[str, str] = {}
-        self._evaluated: set[fx.Node] = set()
+        self.evaluated: set[fx.Node] = set()
         self._inner_parts = [name for name in captured_parts(self.model) if name]
         self.enter("", nn.Module())
 
@@ -239,9 +129,7 @@ class Propagation:
             self.cuts[key] = Cut(user, weight, dim, self.identities.new(size))
         return self.cuts[key].atoms
 
-    def parameter_axis(
-        self, name: str, dim: int, size: int, known: Atoms | None = None
-    ) -> Atoms:
+    def parameter_axis(self, name: str, dim: int, size: int, known: Atoms | None = None) -> Atoms:
         """Atoms of a parameter's axis: at its first use the known ones if any, else fresh ones.
 
         Most axes are bound to channels that exist already; taking those spares atoms and ties.
@@ -266,7 +154,7 @@ class Propagation:
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a value depends on the inputs of the model, not on its parameters alone."""
-        return node in self._activations
+        return node in self.activations
 
     # -- what rules say -------------------------------------------------------------------
 
@@ -360,7 +248,7 @@ class Propagation:
             rule = find_rule(node, self.gm)
             assert rule is not None
             macs = rule.macs(node, self.gm)
-        counted = macs if node in self._evaluated else 0
+        counted = macs if node in self.evaluated else 0
         self.contractions.append(Contraction(node, counted, factors))
 
     def pin(self, labels: Labels, reason: str) -> None:
@@ -427,92 +315,7 @@ class Propagation:
             label = self.collapse(label, set(block.dims) - set(stay), "contracted")
         return label
 
-    # -- the walk -------------------------------------------------------------------------
-
-    def run(self) -> Propagation:
-        """Visit every node of every part once, in order."""
-        for name, gm in captured_parts(self.model).items():
-            self.enter(name, gm)
-            self._evaluated |= evaluated_nodes(gm.graph)
-            self._walk(gm)
-        self._pin_shared_features()
-        return self
-
-    def _walk(self, gm: fx.GraphModule) -> None:
-        for node in gm.graph.nodes:
-            depends = not self._activations.isdisjoint(node.all_input_nodes)
-            # Sizes of an activation say nothing about its values.
-            if node.op == "placeholder" or (depends and not _is_size(node.meta.get("val"))):
-                self._activations.add(node)
-            if node.op == "get_attr":
-                self.labels[node] = self._attribute_label(node)
-            elif node.op == "output":
-                for source in node.all_input_nodes:
-                    self.pin(self.labels.get(source), "output of the model")
-            elif node.op != "placeholder":
-                self.labels[node] = self._step(node)
-        # What is changed in place through a view, and seen changed afterwards, stays.
-        for write, holders in Memory(gm).entangled():
-            for holder in holders:
-                self.pin(self.labels.get(holder), f"changed in place by {write.name!r}")
-
-    def _pin_shared_features(self) -> None:
-        """Pin features of a weight that is used in any other way than to read them."""
-        readers = Counter(read.weight for read in self.reads if len(read.atoms) > 1)
-        for axis, atoms in self.features.items():
-            if not self.uses[axis[0]] == self.read_uses[axis] == readers[axis]:
-                self.identities.pin(atoms, f"parameter {axis[0]!r} has other uses")
-
-    def _step(self, node: fx.Node) -> Labels:
-        rule = find_rule(node, self.gm)
-        if rule is not None:
-            return self._apply(rule, node)
-        if isinstance(node.target, type) and hasattr(node.target, "_fields"):
-            values = (*node.args, *node.kwargs.values())
-            return tuple(self._packed(value) for value in values)
-        if isinstance(node.target, type) and is_dataclass(node.target):
-            for source in node.all_input_nodes:
-                self.pin(self.labels.get(source), "output of the model")
-            return None
-        name = operator_name(node, self.gm)
-        touched = [self.labels[n] for n in node.all_input_nodes if self.labels.get(n) is not None]
-        if touched and any(label.blocks for labels in touched for label in _flat(labels)):
-            self.unknown[f"{self.prefix}{node.name}"] = name
-        self.pin_call(
-            node, node.meta.get("kept_whole") or f"no rule for {name} (node {node.name!r})"
-        )
-        return unfollowed(node)
-
-    def _apply(self, rule: Rule, node: fx.Node) -> Labels:
-        """Let a rule speak, and check that what it says has the shape of the value."""
-        try:
-            labels = rule.propagate(node, self)
-        except ValueError as error:
-            raise self._misfit(rule, node, str(error)) from error
-        value = node.meta.get("val")
-        if isinstance(labels, Label) and isinstance(value, Tensor):
-            described = labels.shape == tuple(value.shape) and all(
-                block.atoms.shape == tuple(labels.shape[d] for d in block.dims)
-                for block in labels.blocks
-            )
-            if not described:
-                message = f"it describes {labels}, the value has shape {tuple(value.shape)}"
-                raise self._misfit(rule, node, message)
-        return labels
-
-    def _misfit(self, rule: Rule, node: fx.Node, message: str) -> RuleError:
-        name = operator_name(node, self.gm)
-        return RuleError(
-            f"the rule {type(rule).__name__} does not fit {name} (node {node.name!r}): {message}"
-        )
-
-    def _packed(self, value: object) -> Label | None:
-        """Label of a field of a named tuple; several values in one field are pinned."""
-        label = self.labels.get(value) if isinstance(value, fx.Node) else None
-        if isinstance(label, tuple):
-            self.pin(label, "packed into a named tuple")
-            return None
-        return label
+    # -- parameters -----------------------------------------------------------------------
 
     def _pin_tensors(self, target: str, reason: str) -> None:
         """Pin the parameters and buffers of a module."""
@@ -531,7 +334,8 @@ class Propagation:
         name = f"{self.prefix}{node.target}"
         return self._canonical.get(name) if node.op == "get_attr" else None
 
-    def _attribute_label(self, node: fx.Node) -> Labels:
+    def attribute_label(self, node: fx.Node) -> Labels:
+        """The label of a parameter or buffer that a get_attr node fetches."""
         name = self._attribute(node)
         if name is None:
             return unfollowed(node)
@@ -561,15 +365,6 @@ def unfollowed(node: fx.Node) -> Labels:
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
         return tuple(Label(tuple(v.shape)) if isinstance(v, Tensor) else None for v in value)
     return None
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, (int, float, torch.Size, torch.dtype, torch.device))
-
-
-def _flat(labels: Labels) -> tuple[Label, ...]:
-    several = labels if isinstance(labels, tuple) else (labels,)
-    return tuple(label for label in several if label is not None)
 
 
 def _untracked_reason(source: fx.Node) -> str:

@@ -23,7 +23,8 @@ from rbpfx.graph.provenance import Atoms, Block, Identities, Keep, Label
 from rbpfx.graph.rules.base import Rule, find_rule, shape_of, tensor_input
 
 if TYPE_CHECKING:
-    from rbpfx.graph.propagation import Labels, Propagation
+    from rbpfx.graph.operands import Labels
+    from rbpfx.graph.propagation import Propagation
     from rbpfx.graph.slicing import Slicing
 
 

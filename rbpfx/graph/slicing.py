@@ -27,7 +27,7 @@ from rbpfx.plan import PruningPlan
 
 if TYPE_CHECKING:
     from rbpfx.graph.groups import Analysis
-    from rbpfx.graph.propagation import Cut, Labels, Read
+    from rbpfx.graph.operands import Cut, Labels, Read
 
 Multipliers = Mapping[str, Tensor]
 

@@ -19,6 +19,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torchvision.ops
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -31,7 +32,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.decompositions import DECOMPOSITIONS
 from rbpfx.graph.metadata import compute
-from rbpfx.graph.rules.base import rule_of_function, rule_of_module
+from rbpfx.graph.rules.base import python_functions, rule_of_function, rule_of_module
 from rbpfx.graph.values import (
     GraphProxy,
     Untraceable,
@@ -68,8 +69,8 @@ class GraphTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=tuple(FACTORIES))
-        self._autowrap_search.append(torch)
+        super().__init__(autowrap_functions=(*FACTORIES, *python_functions()))
+        self._autowrap_search += [torch, torchvision.ops]
 
     def trace(
         self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None

@@ -6,7 +6,8 @@ import numpy as np
 from torch import fx
 from torch.nn import functional as F
 
-from rbpfx.graph.propagation import Labels, Propagation
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Label
 from rbpfx.graph.rules.base import Rule, argument, register, set_argument, shape_of, value_of
 from rbpfx.graph.rules.combine import broadcast

@@ -9,6 +9,7 @@ spellings of an operator share one rule.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from torch import Tensor, fx, nn
@@ -17,7 +18,8 @@ from torch.fx.node import map_aggregate
 from rbpfx.errors import RuleError
 
 if TYPE_CHECKING:
-    from rbpfx.graph.propagation import Labels, Propagation
+    from rbpfx.graph.operands import Labels
+    from rbpfx.graph.propagation import Propagation
     from rbpfx.graph.slicing import Slicing
 
 
@@ -121,6 +123,12 @@ def rule_of_module(module: nn.Module) -> Rule | None:
     base = next((c for c in type(module).__mro__ if c in _REGISTRY), None)
     inherited = base is not None and getattr(base, "forward", None) is type(module).forward
     return _REGISTRY[base] if inherited and not _has_hooks(module) else None
+
+
+def python_functions() -> list[FunctionType]:
+    """Functions of other packages that have a rule, so that calls of them are operators."""
+    written = (operator for operator in _REGISTRY if isinstance(operator, FunctionType))
+    return [f for f in written if not f.__module__.startswith(("torch.", "rbpfx."))]
 
 
 def rule_of_function(function: Callable[..., Any]) -> Rule | None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from rbpfx.graph.modes import by_mode
-from rbpfx.graph.propagation import Labels, Propagation, unfollowed
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.provenance import Block, Label
 from rbpfx.graph.rules.base import Rule, argument, register, shape_of, value_of
 

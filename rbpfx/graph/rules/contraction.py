@@ -20,7 +20,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from rbpfx.graph.propagation import Labels, Operand, Propagation, Read
+from rbpfx.graph.operands import Labels, Operand, Read
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Block, Label
 from rbpfx.graph.rules.base import (
     Rule,

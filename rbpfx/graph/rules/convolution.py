@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torchvision import ops  # noqa: F401  (loads the operators of torchvision)
 
-from rbpfx.graph.propagation import Labels, Operand, Propagation
+from rbpfx.graph.operands import Labels, Operand
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Atoms, Block, Label
 from rbpfx.graph.rules.base import (
     Rule,

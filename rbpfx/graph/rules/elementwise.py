@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 from rbpfx.graph.calls import call_leaf
-from rbpfx.graph.propagation import Labels, Propagation, unfollowed
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.provenance import Label
 from rbpfx.graph.rules.base import (
     Rule,

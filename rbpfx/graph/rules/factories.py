@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from rbpfx.graph.propagation import Labels, Propagation
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Block, Label
 from rbpfx.graph.rules.base import Rule, register, shape_of
 from rbpfx.graph.rules.movement import sizes_of

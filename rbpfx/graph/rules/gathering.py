@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from rbpfx.graph.propagation import Labels, Propagation, unfollowed
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.provenance import Atoms, Label
 from rbpfx.graph.rules.base import Rule, argument, register, shape_of, tensor_input, value_of
 from rbpfx.graph.rules.combine import broadcast

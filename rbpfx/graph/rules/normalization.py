@@ -20,7 +20,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from rbpfx.graph import exact_norms
 from rbpfx.graph.calls import call_leaf
-from rbpfx.graph.propagation import Labels, Propagation
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Atoms, Block, Label
 from rbpfx.graph.rules.base import (
     Rule,

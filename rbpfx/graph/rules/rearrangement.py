@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from rbpfx.graph.propagation import Labels, Propagation, unfollowed
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.provenance import Atoms, Block, Label
 from rbpfx.graph.rules.base import (
     Rule,

@@ -6,7 +6,8 @@ from math import prod
 
 from torch import fx, nn
 
-from rbpfx.graph.propagation import Labels, Propagation, unfollowed
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.rules.base import Rule, module_of, register, shape_of, submodule, tensor_input
 from rbpfx.graph.slicing import Slicing
 

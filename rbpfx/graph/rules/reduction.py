@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx
 
-from rbpfx.graph.propagation import Labels, Propagation
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Label
 from rbpfx.graph.rules.base import (
     Rule,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from rbpfx.graph.propagation import Labels, Propagation
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Label
 from rbpfx.graph.rules.base import Rule, register, setting, tensor_input, value_of
 from rbpfx.graph.rules.reduction import keep_whole, over_channels

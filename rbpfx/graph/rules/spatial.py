@@ -7,7 +7,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torchvision import ops  # noqa: F401  (loads the operators of torchvision)
 
-from rbpfx.graph.propagation import Labels, Propagation
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Label
 from rbpfx.graph.rules.base import Rule, register, shape_of, tensor_input
 

@@ -118,7 +118,7 @@ def assignment(b: Builder, x: int) -> int | None:
         v[:, 1] = 0.5
 
     def row(v: Any, w: Any) -> None:
-        v[:, -2:, ..., 0] = w[:, :1, ..., 0]
+        v[:, -2:, ..., -1:] = w[:, :1, ..., -1:]
 
     def listed(v: Any, w: Any) -> None:
         v[:, [0, 1]] = w[:, :2]

@@ -29,7 +29,7 @@ def without_rule(b: Builder, x: int) -> int | None:
     return b.add(lambda m, v: function(v), x)
 
 
-@operator(0.3)
+@operator(0.5)
 def cumulative_sum(b: Builder, x: int) -> int | None:
     """Another one, on its own so that a test can teach rbpfx a wrong rule for it."""
     return b.add(lambda m, v: v.cumsum(1) * 0.2, x)

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from rbpfx.graph.capture import trace
 from rbpfx.graph.gates import apply_mask
 from rbpfx.graph.groups import Analysis, analyze
-from rbpfx.graph.propagation import Labels, Propagation
+from rbpfx.graph.operands import Labels
+from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.rules import base
 from rbpfx.graph.rules.base import Rule, find_rule, register
 from rbpfx.graph.slicing import rewrite
