@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from rbpfx.errors import CaptureError, InputError
+from rbpfx.graph.exported import trace_program
+from rbpfx.graph.copying import copy_model
 from rbpfx.graph.metadata import fake_inputs, fake_mode
 from rbpfx.graph.modes import merge_modes
 from rbpfx.graph.parts import capture_inside, captured_parts, count_examples, note_examples
@@ -30,17 +34,25 @@ ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
 def trace(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
+    model: nn.Module | ExportedProgram,
+    example_inputs: ExampleInputs | None = None,
     *,
     leaf_modules: Iterable[LeafModule] = (),
 ) -> nn.Module:
     """Capture a model as a graph with tensor metadata on every node.
 
+    A model that arrives without its Python code, as an exported program (`torch.export.load`), is
+    captured as well. Export it in eval mode, with the dimensions that shall stay free (at least
+    the batch) as `Dim.AUTO`: the graph refuses inputs whose sizes differ from those that the
+    program fixes. `train` and `eval` switch its BatchNorms and dropouts; whatever else the model
+    does in one mode only is not in the program.
+
     Args:
-        model: Any traceable module. It is copied, never modified.
+        model: Any traceable module, or an exported program that was not decomposed. It is copied,
+            never modified.
         example_inputs: What the model is called with: a tensor, a tuple of positional arguments,
-            or a mapping of keyword arguments. Only shapes, dtypes and devices matter.
+            or a mapping of keyword arguments. Only shapes, dtypes and devices matter. An exported
+            program has its own.
         leaf_modules: Module classes or qualified names to keep whole, for modules that cannot be
             traced. What they touch is not pruned unless a rule is registered for them.
 
@@ -60,6 +72,10 @@ def trace(
         >>> [n.meta["val"].shape for n in gm.graph.nodes if n.name == "layer1_0_conv1"]
         [torch.Size([2, 64, 16, 16])]
     """
+    if isinstance(model, ExportedProgram):
+        return trace_program(model, None if example_inputs is None else _as_call(example_inputs))
+    if example_inputs is None:
+        raise InputError("example_inputs are needed to capture a module")
     supplied = bind_inputs(model, example_inputs)
     gm = _capture(model, supplied, tuple(leaf_modules))
     flags = {name: module.training for name, module in model.named_modules()}
@@ -132,7 +148,7 @@ def _structure_copy(model: nn.Module) -> nn.Module:
     """Copies of the modules around the same parameters and buffers."""
     tensors = (*model.parameters(), *model.buffers())
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        return copy_model(model, {id(tensor): tensor for tensor in tensors})
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({error}). rbpfx works on copies of your "
@@ -154,16 +170,15 @@ def _capture(
     model: nn.Module, supplied: Mapping[str, Any], leaf_modules: tuple[LeafModule, ...]
 ) -> nn.Module:
     """The graph of a model, with what cannot be traced kept whole and captured inside."""
-    root = _structure_copy(model)
     kept: dict[str, str] = {}
     functions: set[Callable[..., Any]] = set()
     while True:
         try:
-            gm = _graph_of(root, (*leaf_modules, *kept), functions, supplied)
+            gm = _graph_of(model, (*leaf_modules, *kept), functions, supplied)
             break
         except _Refusal as refusal:
             if not kept and not functions:
-                _require_that_it_runs(root, supplied)
+                _require_that_it_runs(model, supplied)
             failed_in = refusal.failed_in
             if callable(failed_in) and failed_in not in functions:
                 functions.add(failed_in)
@@ -171,9 +186,9 @@ def _capture(
             while failed_in in kept:  # kept whole, and still no value: look further out
                 failed_in = failed_in.rpartition(".")[0]
             if not isinstance(failed_in, str) or not failed_in:
-                return _shell(root, supplied, leaf_modules, refusal.error)
-            kind = type(root.get_submodule(failed_in))
-            alike = [name for name, module in root.named_modules() if type(module) is kind]
+                return _shell(_structure_copy(model), supplied, leaf_modules, refusal.error)
+            kind = type(model.get_submodule(failed_in))
+            alike = [name for name, module in model.named_modules() if type(module) is kind]
             kept |= dict.fromkeys((failed_in, *filter(None, alike)), str(refusal.error))
     called = [str(n.target) for n in gm.graph.nodes if n.op == "call_module" and n.target in kept]
     if called:
@@ -230,7 +245,7 @@ def _graph_of(
     leaf_functions: Iterable[Callable[..., Any]],
     supplied: Mapping[str, Any],
 ) -> fx.GraphModule:
-    """Trace a model in both modes and merge the traces.
+    """Trace a model, in both modes if its code asks for the mode, and merge the traces.
 
     Raises:
         _Refusal: Something cannot be traced.
@@ -247,9 +262,11 @@ def _graph_of(
         except Exception as error:
             explained = _explained(error, tracer.failed_in, root)
             raise _Refusal(tracer.failed_in, explained) from error
-    in_eval, in_train = graphs
+        if not tracer.depends_on_mode:
+            break
+    in_eval, in_train = graphs[0], graphs[-1]
     try:
-        graph = merge_modes(in_train, in_eval, root)
+        graph = merge_modes(in_train, in_eval, root) if in_train is not in_eval else in_eval
     except CaptureError as error:
         raise _Refusal(None, error) from error
     for node in graph.nodes:
@@ -283,7 +300,8 @@ def _complete(gm: nn.Module, root: nn.Module) -> None:
 
 def has_tensors(module: nn.Module) -> bool:
     """Whether a module has parameters or buffers."""
-    return any(True for _ in (*module.parameters(), *module.buffers()))
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next(tensors, None) is not None
 
 
 def _explained(error: Exception, failed_in: Any, root: nn.Module) -> CaptureError:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
 from typing import Any
@@ -45,6 +46,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _MODE_ARGUMENTS = frozenset({"train", "training", "use_input_stats"})
 # Checks of the program that hold by construction, or for one data type only.
 _CHECKS = frozenset({torch.ops.aten._assert_tensor_metadata})
+_COPY_OF_CONSTANT = torch.ops.aten.lift_fresh_copy.default
 _COUNTER = "num_batches_tracked"
 
 
@@ -67,9 +69,7 @@ def trace_program(program: ExportedProgram, inputs: Inputs | None = None) -> fx.
     translation = _Translation(program, source, values)
     translation.run()
     gm = translation.gm
-    gm.graph._tracer_cls = GraphTracer
     gm.graph.lint()
-    gm.recompile()
     note_examples(gm, count_examples(values))
     return gm.train(translation.trained)
 
@@ -108,6 +108,7 @@ class _Translation:
         self.trained = _exported_in_train_mode(source)
         self.gm = _with_state_of(source)
         self.graph = fx.Graph()
+        self.trials = fx.Graph()
         self.mode = fake_mode()
         self._twins: dict[fx.Node, Any] = {}
 
@@ -125,6 +126,7 @@ class _Translation:
         if not self.flag.users:
             self.graph.erase_node(self.flag)
             self.gm.delete_submodule(str(self.flag.target))
+        self.graph._tracer_cls = GraphTracer
         self.gm.graph = self.graph
 
     # -- inputs and outputs ---------------------------------------------------------------
@@ -231,6 +233,8 @@ class _Translation:
             return self._new(Call("call_function", node.target, args, kwargs), node.name)
         if node.target.overloadpacket in _CHECKS:
             return None
+        if node.target is _COPY_OF_CONSTANT and all(map(_only_indexes, node.users)):
+            return args[0]
         if self.trained and node.target is torch.ops.aten.add_.Tensor and _is_counter(args[0]):
             return self._counted(args[0])
         given = self._asking_the_mode(node.target, named_arguments(node.target, args, kwargs))
@@ -288,26 +292,32 @@ class _Translation:
     def _spelled(self, overload: OpOverload, given: dict[str, Any], name: str) -> fx.Node:
         """The call of torch that an overload stands for; the overload where there is none."""
         literal = in_schema_order("call_function", overload, overload, given)
-        expected = self._new(literal, name)
-        if find_rule(expected, self.gm) is not None:
-            return expected
-        candidates = [self.graph.create_node(*call) for call in spellings(overload, given)]
-        candidates.sort(key=lambda node: find_rule(node, self.gm) is None)
-        found = next((n for n in candidates if self._is_like(n, expected)), expected)
-        for node in (expected, *candidates):
-            if node is not found:
-                self.graph.erase_node(node)
-        return found
+        expected = self._kind_of(literal)
+        ruled, others = [], []
+        for call in (literal, *spellings(overload, given)):
+            (ruled if self._has_rule(call) else others).append(call)
+        candidates = (call for call in (*ruled, *others[1:]) if self._kind_of(call) == expected)
+        return self._new(next(candidates, literal), name)
 
-    def _is_like(self, node: fx.Node, expected: fx.Node) -> bool:
-        """Whether a call takes its arguments and gives a value of the expected kind."""
-        try:
-            node.meta["val"] = compute(node, self.gm, self.mode)
-        except Exception:
-            return False
-        pair = (tree_leaves(n.meta["val"]) for n in (node, expected))
-        values, wanted = (list(map(_kind, leaves)) for leaves in pair)
-        return values == wanted
+    def _has_rule(self, call: Call) -> bool:
+        with self._tried(call) as node:
+            return find_rule(node, self.gm) is not None
+
+    def _kind_of(self, call: Call) -> Any:
+        """What sort of value a call gives; None if torch refuses it."""
+        with self._tried(call) as node:
+            try:
+                value = compute(node, self.gm, self.mode)
+            except Exception:
+                return None
+        return [_kind(leaf) for leaf in tree_leaves(value)]
+
+    @contextmanager
+    def _tried(self, call: Call) -> Iterator[fx.Node]:
+        """A node outside of the graph."""
+        node = self.trials.create_node(*call)
+        yield node
+        self.trials.erase_node(node)
 
     def _new(self, call: Call, name: str | None = None) -> fx.Node:
         return self._valued(self.graph.create_node(*call, name=name))
@@ -361,6 +371,10 @@ def _exported_in_train_mode(source: fx.GraphModule) -> bool:
                 literals = normalisations if "running_mean" in given else others
                 literals.extend(map(bool, _literals_of_mode(given).values()))
     return any(normalisations) if normalisations else bool(others) and all(others)
+
+
+def _only_indexes(user: fx.Node) -> bool:
+    return user.target is torch.ops.aten.index.Tensor
 
 
 def _is_counter(node: Any) -> bool:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from rbpfx.errors import InputError, PlanError, RuleError
+from rbpfx.graph.copying import copy_model
 from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.provenance import Atoms, Keep, Label
-from rbpfx.graph.rules.base import find_rule, shape_of
+from rbpfx.graph.rules.base import find_rule, shape_of, submodule
 from rbpfx.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def rewrite(
     memo: dict[int, Any] = {}
     for name, tensor in sliced_tensors(gm, analysis, keep, multipliers or {}).items():
         memo[id(_tensor(gm, name))] = tensor
-    emitted = copy.deepcopy(gm, memo)
+    emitted = copy_model(gm, memo)
     parts = [captured_parts(model).values() for model in (analysis.gm, gm, emitted)]
     for analysed, source, part in zip(*parts, strict=True):
         _rewrite_part(analysed, Slicing(analysed, source, part, analysis, keep), analysis)
@@ -168,8 +169,10 @@ def _folded_factors(
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
-    tensor = getattr(module.get_submodule(owner), attribute)
-    assert isinstance(tensor, Tensor)
+    home = submodule(module, owner) if owner else module
+    tensor = home._parameters.get(attribute)
+    tensor = home._buffers[attribute] if tensor is None else tensor
+    assert tensor is not None
     return tensor
 
 

@@ -46,6 +46,7 @@ LeafModule = type[nn.Module] | str
 CONSTANT = "_tensor_constant"  # what torch.fx calls tensors that a forward makes
 _LOCK = threading.RLock()
 _LOOKAHEAD = 64
+_MODE = frozenset({"train", "eval"})
 
 # Functions that take sizes but no tensor: torch asks a proxy among their arguments for its number,
 # which would fix it. Wrapped, they become nodes instead.
@@ -103,6 +104,7 @@ class ValueTracer(GraphTracer):
     Attributes:
         failed_in: After a failure, the qualified name of the innermost module that was traced
             into, or the function; None if the root's own forward failed.
+        depends_on_mode: Whether the model may compute something else in the other mode.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class ValueTracer(GraphTracer):
         self.leaf_types = tuple(leaf for leaf in leaf_modules if isinstance(leaf, type))
         self.leaf_functions = set(leaf_functions)
         self.failed_in: str | Callable[..., Any] | None = None
+        self.depends_on_mode = False
         self._values = _Values(self, reference)
         self._guarded: set[tuple[fx.Node, str]] = set()
         self._thread = threading.get_ident()
@@ -132,7 +135,9 @@ class ValueTracer(GraphTracer):
     ) -> fx.Graph:
         """Trace the model."""
         assert isinstance(root, nn.Module)
-        with _LOCK, _custom_autograd_functions_refused(), _attributes_kept(root):
+        self.depends_on_mode = any(_has_own_mode(module) for module in root.modules())
+        watched = _training_flags_watched(self._note_mode)
+        with _LOCK, _custom_autograd_functions_refused(), _attributes_kept(root), watched:
             graph = super().trace(root, concrete_args)
         _drop_unused_numbers(graph)
         return graph
@@ -199,6 +204,10 @@ class ValueTracer(GraphTracer):
         if self._is_passing() or not isinstance(attr_val, Tensor):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def _note_mode(self) -> None:
+        if not self._is_passing():
+            self.depends_on_mode = True
 
     def _is_passing(self) -> bool:
         """Whether a call is none of the traced model's: ours for a value, or another thread's."""
@@ -350,7 +359,11 @@ def _drop_unused_numbers(graph: fx.Graph) -> None:
 @contextmanager
 def _attributes_kept(root: nn.Module) -> Iterator[None]:
     """Take back what forwards store in their modules: here proxies, useless after the trace."""
-    before = {m: {k: _shallow(v) for k, v in vars(m).items()} for m in root.modules()}
+    copied = (dict, list, set)
+    before = {
+        module: {k: v.copy() if isinstance(v, copied) else v for k, v in vars(module).items()}
+        for module in root.modules()
+    }
     try:
         yield
     finally:
@@ -359,8 +372,33 @@ def _attributes_kept(root: nn.Module) -> Iterator[None]:
             module.__dict__ = {**attributes, **constants}
 
 
-def _shallow(value: Any) -> Any:
-    return value.copy() if isinstance(value, (dict, list, set)) else value
+@contextmanager
+def _training_flags_watched(note: Callable[[], None]) -> Iterator[None]:
+    """Tell whenever the `training` flag of a module is read."""
+
+    def read(module: nn.Module) -> Any:
+        note()
+        try:
+            return module.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+
+    def write(module: nn.Module, flag: Any) -> None:
+        module.__dict__["training"] = flag
+
+    setattr(nn.Module, "training", property(read, write))
+    try:
+        yield
+    finally:
+        delattr(nn.Module, "training")
+
+
+def _has_own_mode(module: nn.Module) -> bool:
+    """Whether a module does more in `train()` and `eval()` than to set its `training` flag."""
+    kind = type(module)
+    inherits = kind.train is nn.Module.train and kind.eval is nn.Module.eval
+    return not inherits or hasattr(kind, "training") or not vars(module).keys().isdisjoint(_MODE)
+
 
 
 @contextmanager

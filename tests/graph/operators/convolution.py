@@ -62,19 +62,22 @@ def deformable(b: Builder, x: int) -> int | None:
     return b.add(apply, x)
 
 
-@operator(1.5)
+@operator(1)
 def recurrent(b: Builder, x: int) -> int | None:
     shape = b.shape(x)
-    if len(shape) != 3:
-        return None
     cls = b.rng.choice([nn.LSTM, nn.GRU, nn.RNN])
     options = {"batch_first": b.rng.random() < 0.7, "bidirectional": b.rng.random() < 0.4}
-    layer = cls(shape[-1], 3, num_layers=b.rng.choice([1, 2]), **options)
-    name = b.module(layer)
-    return b.add(lambda m, v: m.get_submodule(name)(v)[0], x)
+    width = shape[-1] if len(shape) < 4 else shape[1]
+    name = b.module(cls(width, 3, num_layers=b.rng.choice([1, 2]), **options))
+
+    def apply(m: Any, v: Any) -> Any:
+        steps = v if len(shape) < 4 else v.flatten(2).transpose(1, 2)
+        return m.get_submodule(name)(steps)[0]
+
+    return b.add(apply, x)
 
 
-@operator(0.6)
+@operator(1)
 def sampling(b: Builder, x: int) -> int | None:
     shape = b.shape(x)
     if len(shape) != 4:

@@ -117,8 +117,8 @@ def assignment(b: Builder, x: int) -> int | None:
     def number(v: Any, w: Any) -> None:
         v[:, 1] = 0.5
 
-    def row(v: Any, w: Any) -> None:
-        v[:, -2:, ..., -1:] = w[:, :1, ..., -1:]
+    def broadcast(v: Any, w: Any) -> None:
+        v[:, -2:] = w[:, :1]
 
     def listed(v: Any, w: Any) -> None:
         v[:, [0, 1]] = w[:, :2]
@@ -136,7 +136,7 @@ def assignment(b: Builder, x: int) -> int | None:
         v.masked_fill_(w > 0, 0.2)
 
     write = b.rng.choice(
-        [spatial, channels, strided, number, row, listed, copied, zeroed, filled, masked]
+        [spatial, channels, strided, number, broadcast, listed, copied, zeroed, filled, masked]
     )
 
     def apply(m: Any, v: Any, w: Any) -> Any:
