@@ -273,13 +273,11 @@ def growth_table(rows: dict[str, Row]) -> str:
     lines = []
     for name, row in rows.items():
         nodes, megabytes = row.get("nodes", 0), row.get("bytes", 0) / 1e6
-        per_node = [1e6 * row[w] / nodes if w in row else None for w in ("trace", "analyze")]
-        rewrite = row.get("rewrite")
-        lines.append(
-            [name, nodes, megabytes, row.get("trace"), row.get("analyze"), rewrite, *per_node]
-            + [rewrite and 1e6 * rewrite / nodes, rewrite and 1e3 * rewrite / megabytes]
-            + [row.get("failure", "")]
-        )
+        trace, analyze, rewrite = (row.get(what) for what in ("trace", "analyze", "rewrite"))
+        per_node = [s and 1e6 * s / nodes for s in (trace, analyze, rewrite)]
+        per_megabyte = rewrite and 1e3 * rewrite / megabytes
+        figures = [nodes, megabytes, trace, analyze, rewrite, *per_node, per_megabyte]
+        lines.append([name, *figures, row.get("failure", "")])
     headers = ["network", "nodes", "MB", "trace s", "analyze s", "rewrite s"]
     headers += ["trace us/node", "analyze us/node", "rewrite us/node", "rewrite ms/MB", ""]
     return tabulate(lines, headers=headers, tablefmt="github", floatfmt=".3g")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from functools import cache
 from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any, TypeVar
 
@@ -37,7 +36,6 @@ def copy_model(model: M, memo: Memo) -> M:
     return copy.deepcopy(model, memo)
 
 
-@cache
 def _is_plain(cls: type[nn.Module]) -> bool:
     """Whether the state of instances is their `__dict__`."""
     own = cls.__mro__[: cls.__mro__.index(nn.Module)]
@@ -58,7 +56,7 @@ def _copied(value: Any, memo: Memo) -> Any:
         memo[id(value)] = twin = {}
         twin.update({name: _copied(v, memo) for name, v in value.items()})
         return twin
-    if type(value) is OrderedDict and not value:
-        memo[id(value)] = hooks = OrderedDict[Any, Any]()
-        return hooks
+    if type(value) in (OrderedDict, set, list) and not value:
+        memo[id(value)] = twin = type(value)()
+        return twin
     return copy.deepcopy(value, memo)

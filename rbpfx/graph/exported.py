@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.fx.node import map_aggregate, map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import (
     GetAttrKey,
     SequenceKey,
@@ -32,8 +33,9 @@ from torch.utils._pytree import (
 
 from rbpfx.errors import CaptureError, GuardError, InputError
 from rbpfx.graph.calls import call_leaf
+from rbpfx.graph.exported_modules import add_constant, holds, restore_batch_norm, with_state_of
 from rbpfx.graph.metadata import compute, fake_inputs, fake_mode
-from rbpfx.graph.modes import by_mode, in_mode, mode_flag
+from rbpfx.graph.modes import by_mode, mode_flag
 from rbpfx.graph.overloads import Call, in_schema_order, named_arguments, spellings
 from rbpfx.graph.parts import count_examples, note_examples
 from rbpfx.graph.rules.base import find_rule
@@ -47,7 +49,6 @@ _MODE_ARGUMENTS = frozenset({"train", "training", "use_input_stats"})
 # Checks of the program that hold by construction, or for one data type only.
 _CHECKS = frozenset({torch.ops.aten._assert_tensor_metadata})
 _COPY_OF_CONSTANT = torch.ops.aten.lift_fresh_copy.default
-_COUNTER = "num_batches_tracked"
 
 
 def trace_program(program: ExportedProgram, inputs: Inputs | None = None) -> fx.GraphModule:
@@ -71,7 +72,10 @@ def trace_program(program: ExportedProgram, inputs: Inputs | None = None) -> fx.
     gm = translation.gm
     gm.graph.lint()
     note_examples(gm, count_examples(values))
-    return gm.train(translation.trained)
+    for module in gm.modules():
+        if not isinstance(module, _BatchNorm):  # has a mode of its own already
+            module.training = translation.trained
+    return gm
 
 
 def _named_inputs(
@@ -106,7 +110,7 @@ class _Translation:
         self.source = source
         self.values = values
         self.trained = _exported_in_train_mode(source)
-        self.gm = _with_state_of(source)
+        self.gm = with_state_of(source)
         self.graph = fx.Graph()
         self.trials = fx.Graph()
         self.mode = fake_mode()
@@ -123,11 +127,18 @@ class _Translation:
         assert self.program.call_spec.out_spec is not None
         result = tree_unflatten(list(results), self.program.call_spec.out_spec)
         self._valued(self.graph.output(self._packed(result)))
+        self._drop_unused()
+        self.graph._tracer_cls = GraphTracer
+        self.gm.graph = self.graph
+
+    def _drop_unused(self) -> None:
+        """Remove what was fetched for nothing: the tensors of a module, and the mode."""
         if not self.flag.users:
             self.graph.erase_node(self.flag)
             self.gm.delete_submodule(str(self.flag.target))
-        self.graph._tracer_cls = GraphTracer
-        self.gm.graph = self.graph
+        for node in reversed(self.graph.nodes):
+            if node.op == "get_attr" and not node.users:
+                self.graph.erase_node(node)
 
     # -- inputs and outputs ---------------------------------------------------------------
 
@@ -219,8 +230,8 @@ class _Translation:
         value = attrgetter(name)(node.graph.owning_module)
         if not isinstance(value, Tensor) or node.graph is not self.source.graph:
             raise CaptureError(f"the program holds {name!r}, a {type(value).__name__}")
-        if not _has(self.gm, name):  # a constant of the program
-            _owner(self.gm, name).register_buffer(name.rpartition(".")[2], value, persistent=False)
+        if not holds(self.gm, name):
+            add_constant(self.gm, name, value)
         return self._valued(self.graph.get_attr(name))
 
     def _call(self, node: fx.Node) -> Any:
@@ -231,14 +242,16 @@ class _Translation:
             return args[0][args[1]]  # of what was inlined
         if not isinstance(node.target, OpOverload):
             return self._new(Call("call_function", node.target, args, kwargs), node.name)
-        if node.target.overloadpacket in _CHECKS:
+        if node.target.overloadpacket in _CHECKS or _only_counts(node):
             return None
         if node.target is _COPY_OF_CONSTANT and all(map(_only_indexes, node.users)):
             return args[0]
-        if self.trained and node.target is torch.ops.aten.add_.Tensor and _is_counter(args[0]):
-            return self._counted(args[0])
-        given = self._asking_the_mode(node.target, named_arguments(node.target, args, kwargs))
-        return self._spelled(node.target, given, node.name)
+        given = named_arguments(node.target, args, kwargs)
+        if node.target is torch.ops.aten.batch_norm.default:
+            call = self._batch_norm(given, node.name)
+            if call is not None:
+                return call
+        return self._spelled(node.target, self._asking_the_mode(given), node.name)
 
     def _inlined(self, node: fx.Node) -> Any:
         """What a region with or without gradients returns, its operators in place of the region."""
@@ -265,27 +278,24 @@ class _Translation:
 
     # -- the mode -------------------------------------------------------------------------
 
-    def _asking_the_mode(self, overload: OpOverload, given: dict[str, Any]) -> dict[str, Any]:
+    def _asking_the_mode(self, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments in which constants that stand for the program's mode ask for the mode."""
         asking = dict(given)
         for name, literal in _literals_of_mode(given).items():
             if bool(literal) is self.trained:
-                if isinstance(literal, bool):
-                    asking[name] = self.flag
-                else:
-                    args = (self.flag, literal, 0.0)
-                    asking[name] = self._valued(call_leaf(self.graph, by_mode, args))
-        if overload is torch.ops.aten.batch_norm.default and not self.trained:
-            mean = given["running_mean"]
-            counter = str(mean.target).replace("running_mean", _COUNTER) if mean else ""
-            if mean is not None and mean.op == "get_attr" and _has(self.gm, counter):
-                self._counted(self._valued(self.graph.get_attr(counter)))
+                asking[name] = self.flag
+                if not isinstance(literal, bool):
+                    choice = call_leaf(self.graph, by_mode, (self.flag, literal, 0.0))
+                    asking[name] = self._valued(choice)
         return asking
 
-    def _counted(self, counter: fx.Node) -> fx.Node:
-        """Count a batch in train mode."""
-        args = (self.flag, True, "add_", counter, 1)
-        return self._valued(call_leaf(self.graph, in_mode, args))
+    def _batch_norm(self, given: dict[str, Any], name: str) -> fx.Node | None:
+        """The call of a module: it has a mode and a state of its own, as in any other model."""
+        path = restore_batch_norm(self.gm, given)
+        if path is None:
+            return None
+        call = Call("call_module", path, (given["input"],), {})
+        return self._new(call, name)
 
     # -- operators ------------------------------------------------------------------------
 
@@ -293,7 +303,8 @@ class _Translation:
         """The call of torch that an overload stands for; the overload where there is none."""
         literal = in_schema_order("call_function", overload, overload, given)
         expected = self._kind_of(literal)
-        ruled, others = [], []
+        ruled: list[Call] = []
+        others: list[Call] = []
         for call in (literal, *spellings(overload, given)):
             (ruled if self._has_rule(call) else others).append(call)
         candidates = (call for call in (*ruled, *others[1:]) if self._kind_of(call) == expected)
@@ -363,7 +374,8 @@ def _exported_in_train_mode(source: fx.GraphModule) -> bool:
 
     Normalisations decide: a dropout may be on in eval mode too (`F.dropout(x)`).
     """
-    normalisations, others = [], []
+    normalisations: list[bool] = []
+    others: list[bool] = []
     for part in source.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
             if isinstance(node.target, OpOverload):
@@ -377,45 +389,11 @@ def _only_indexes(user: fx.Node) -> bool:
     return user.target is torch.ops.aten.index.Tensor
 
 
-def _is_counter(node: Any) -> bool:
-    return isinstance(node, fx.Node) and str(node.target).endswith(_COUNTER)
-
-
-# -- state -----------------------------------------------------------------------------------
-
-
-def _with_state_of(source: nn.Module) -> fx.GraphModule:
-    """A graph module without graph over the same parameters and buffers.
-
-    Tied parameters come out of a file as tensors of their own in the same memory.
-    """
-    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name="ExportedModel")
-    tied: dict[Any, nn.Parameter] = {}
-    for name, parameter in source.named_parameters(remove_duplicate=False):
-        place = (parameter.data_ptr() or id(parameter), parameter.shape, parameter.stride())
-        shared = tied.setdefault(place, parameter)
-        _owner(gm, name).register_parameter(name.rpartition(".")[2], shared)
-    for path, module in source.named_modules(remove_duplicate=False):
-        for name, buffer in module._buffers.items():
-            owner = _owner(gm, f"{path}.{name}" if path else name)
-            owner.register_buffer(name, buffer, name not in module._non_persistent_buffers_set)
-    return gm
-
-
-def _owner(gm: fx.GraphModule, name: str) -> nn.Module:
-    """The module that holds a tensor of a qualified name; made if there is none."""
-    owner = name.rpartition(".")[0]
-    if owner and not _has(gm, owner):
-        gm.add_submodule(owner, nn.Module())
-    return gm.get_submodule(owner)
-
-
-def _has(gm: nn.Module, name: str) -> bool:
-    try:
-        attrgetter(name)(gm)
-    except AttributeError:
+def _only_counts(node: fx.Node) -> bool:
+    """Whether an operator counts batches, which the module of a BatchNorm does itself."""
+    if node.target is not torch.ops.aten.add_.Tensor or node.users:
         return False
-    return True
+    return str(node.all_input_nodes[0].target).endswith("num_batches_tracked")
 
 
 __all__ = ["trace_program"]

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import partial, wraps
 from types import FunctionType
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.fx import _symbolic_trace
 from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -137,7 +138,13 @@ class ValueTracer(GraphTracer):
         assert isinstance(root, nn.Module)
         self.depends_on_mode = any(_has_own_mode(module) for module in root.modules())
         watched = _training_flags_watched(self._note_mode)
-        with _LOCK, _custom_autograd_functions_refused(), _attributes_kept(root), watched:
+        with (
+            _LOCK,
+            _custom_autograd_functions_refused(),
+            _marked_functions_opened(self),
+            _attributes_kept(root),
+            watched,
+        ):
             graph = super().trace(root, concrete_args)
         _drop_unused_numbers(graph)
         return graph
@@ -238,25 +245,17 @@ class ValueTracer(GraphTracer):
         *rest: Any,
         **options: Any,
     ) -> Any:
-        """Record a call, or trace into a function of Python that was marked with `fx.wrap`."""
-        if kind == "call_function" and self._is_python(target):
-            function = DECOMPOSITIONS.get(target, target)
-            try:
-                return function(*args, **kwargs)
-            except Exception:
-                if self.failed_in is None:
-                    self.failed_in = target
-                raise
+        """Record a call, or the operators that it stands for."""
+        if kind == "call_function" and target in DECOMPOSITIONS:
+            return DECOMPOSITIONS[target](*args, **kwargs)
         return super().create_proxy(kind, target, args, kwargs, *rest, **options)
 
-    def _is_python(self, target: Any) -> bool:
-        if target in DECOMPOSITIONS:
-            return True
-        if not isinstance(target, FunctionType) or target in self.leaf_functions:
+    def opens(self, function: Any) -> bool:
+        """Whether a function that was marked with `fx.wrap` is traced into."""
+        if not isinstance(function, FunctionType) or function in self.leaf_functions:
             return False
-        home = target.__module__ or ""
-        ours = home.split(".")[0] in ("torch", "rbpfx", "math", "_operator")
-        return not ours and rule_of_function(target) is None
+        ours = (function.__module__ or "").split(".")[0] in ("torch", "rbpfx")
+        return not ours and rule_of_function(function) is None
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Record a node and its value."""
@@ -354,6 +353,39 @@ def _drop_unused_numbers(graph: fx.Graph) -> None:
         is_call = node.op in ("call_function", "call_method")
         if is_call and not node.users and isinstance(node.meta["val"], numbers):
             graph.erase_node(node)
+
+
+@contextmanager
+def _marked_functions_opened(tracer: ValueTracer) -> Iterator[None]:
+    """Trace into functions marked with `fx.wrap`, which torch.fx would record as one call."""
+    table = _symbolic_trace._wrapped_fns_to_patch
+    opened = [
+        (key, frame, frame[key[1]]) for key, frame in table.items() if tracer.opens(frame.get(key[1]))
+    ]
+    for key, frame, function in opened:
+        del table[key]
+        frame[key[1]] = _blamed(function, tracer)
+    try:
+        yield
+    finally:
+        for key, frame, function in opened:
+            table[key] = frame
+            frame[key[1]] = function
+
+
+def _blamed(function: Callable[..., Any], tracer: ValueTracer) -> Callable[..., Any]:
+    """The function, which notes that it was the one that could not be traced."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            if tracer.failed_in is None:
+                tracer.failed_in = function
+            raise
+
+    return call
 
 
 @contextmanager
