@@ -136,6 +136,14 @@ xcit_nano_12_p8_224
 """.split()
 
 
+# The smallest there is of these is large.
+_TIMM_OPTIONS: dict[str, dict[str, int]] = {
+    "deepseek_vit_412m": {"depth": 4},
+    "gemma4_vit_167m": {"depth": 4},
+    "samvit_base_patch16": {"img_size": 128},
+}
+
+
 def timm_models() -> dict[str, Build]:
     """One small model of every module file of timm."""
     return {name: partial(_timm_model, name) for name in _TIMM}
@@ -144,12 +152,13 @@ def timm_models() -> dict[str, Build]:
 def _timm_model(name: str) -> Sample:
     import timm
 
+    options = _TIMM_OPTIONS.get(name, {})
     try:
-        model = timm.create_model(name, pretrained=False, drop_path_rate=0.0)
+        model = timm.create_model(name, drop_path_rate=0.0, **options)
     except TypeError:
-        model = timm.create_model(name, pretrained=False)
+        model = timm.create_model(name, **options)
     config = model.pretrained_cfg
-    size = config["input_size"][-1]
+    size = options.get("img_size", config["input_size"][-1])
     if not config.get("fixed_input_size"):
         size = next(s for s in (96, 128, 160, 192, 224, size) if _runs(model, s))
     return Sample(model, (images(size),))

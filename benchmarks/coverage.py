@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import hashlib
 import importlib
 import random
@@ -98,6 +99,7 @@ def measure(task: tuple[str, str], report: Report) -> None:
         except Exception as error:
             report({"failure": f"{stage}: {first_line(error)}"})
             break
+        gc.collect()  # a graph and its module refer to each other
     report({"seconds": round(time.perf_counter() - began, 1), "gigabytes": peak_memory()})
 
 
@@ -204,8 +206,7 @@ class Subject:
         row: Row = {"effect": difference(dense, removed)}
         del self.gm, self.analysis  # the largest models barely fit in double precision
         with_statistics = any(isinstance(m, _BatchNorm) for m in self.masked.modules())
-        self.masked, self.pruned = in_double(self.masked), in_double(self.pruned)
-        networks = [self.masked.eval(), self.pruned.eval()]
+        networks = [in_double(network).eval() for network in (self.masked, self.pruned)]
         row["error"] = difference(*(evaluate(network, self.inputs) for network in networks))
         if self.train == "deterministic":
             for network in networks:
@@ -263,8 +264,8 @@ def frozen_reasons(gm: nn.Module, analysis: rbpfx.Analysis) -> list[tuple[str, f
     for axis in analysis.frozen:
         own = sizes.get(axis.name, sizes.get(f"{axis.name}.weight", 0))
         for reason in axis.reason.split("; "):
-            text = re.sub(r"\(node '.*?'\)|'.*?'", "", reason).replace("()", "")
-            shares[" ".join(text.split())] += own * axis.channels / axis.size
+            kind = re.sub(r"\(.*?\)|'.*?'", "", reason)  # without the names of nodes
+            shares[" ".join(kind.split())] += own * axis.channels / axis.size
     total = sum(sizes.values())
     return [(reason, share(n, total)) for reason, n in shares.most_common(8)]
 

@@ -23,8 +23,9 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from rbpfx.errors import CaptureError, InputError
-from rbpfx.graph.exported import trace_program
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.exported import trace_program
+from rbpfx.graph.lazy import LazyGraphModule
 from rbpfx.graph.metadata import fake_inputs, fake_mode
 from rbpfx.graph.modes import merge_modes
 from rbpfx.graph.parts import capture_inside, captured_parts, count_examples, note_examples
@@ -273,7 +274,7 @@ def _graph_of(
         if isinstance(node.type, str):
             node.type = None  # an annotation that was never evaluated: torch cannot pickle it
     graph._tracer_cls = GraphTracer
-    gm = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    gm = LazyGraphModule(root, graph, class_name=type(model).__name__)
     _complete(gm, root)
     gm.graph.lint()
     return gm

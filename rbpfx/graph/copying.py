@@ -12,7 +12,7 @@ from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 M = TypeVar("M", bound=nn.Module)
 Memo = dict[int, Any]
@@ -23,7 +23,7 @@ _PROTOCOL = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__s
 
 
 def copy_model(model: M, memo: Memo) -> M:
-    """`copy.deepcopy(model, memo)`.
+    """`copy.deepcopy(model, memo)`; graph modules keep their class name and all their hooks.
 
     Args:
         model: Any module.
@@ -31,7 +31,11 @@ def copy_model(model: M, memo: Memo) -> M:
     """
     # Children first, so that a module finds the copies of its children in the memo.
     for module in reversed(list(model.modules())):
-        if _is_plain(type(module)) and id(module) not in memo:
+        if id(module) in memo:
+            continue
+        if getattr(type(module), "__deepcopy__", None) is fx.GraphModule.__deepcopy__:
+            _copy_graph_module(module, memo)
+        elif _is_plain(type(module)):
             _copy_module(module, memo)
     return copy.deepcopy(model, memo)
 
@@ -45,6 +49,14 @@ def _is_plain(cls: type[nn.Module]) -> bool:
 def _copy_module(module: nn.Module, memo: Memo) -> None:
     twin = memo[id(module)] = module.__new__(type(module))
     twin.__setstate__({name: _copied(v, memo) for name, v in module.__dict__.items()})
+
+
+def _copy_graph_module(gm: fx.GraphModule, memo: Memo) -> None:
+    twin = memo[id(gm)] = gm.__new__(type(gm))
+    type(twin).__name__ = type(gm).__name__
+    state = {name: _copied(v, memo) for name, v in gm.__dict__.items() if name != "_graph"}
+    twin.__dict__.update(state)
+    twin.graph = copy.deepcopy(gm.graph, memo)
 
 
 def _copied(value: Any, memo: Memo) -> Any:

@@ -41,7 +41,7 @@ def multi_head_attention(
         add_zero_attn=module.add_zero_attn,
         project=module.out_proj,
         dropout=module.dropout,
-        training=module.training,
+        training=module.dropout > 0.0 and module.training,
         key_padding_mask=key_padding_mask,
         need_weights=need_weights,
         attn_mask=attn_mask,

@@ -136,7 +136,7 @@ def _same(value: Any, default: Any) -> bool:
     """Whether an argument is its default; lists may be of another kind."""
     if isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)):
         return list(value) == list(default)
-    return type(value) is type(default) and bool(value == default)
+    return isinstance(value, bool) is isinstance(default, bool) and bool(value == default)
 
 
 # -- what is spelled differently -------------------------------------------------------------
@@ -183,6 +183,11 @@ def _index(name: str, given: Arguments) -> Call:
     return _function(operator.getitem, given["self"], index)
 
 
+def _alias(name: str, given: Arguments) -> Call:
+    """`x[...]`."""
+    return _function(operator.getitem, given["self"], Ellipsis)
+
+
 def _transpose(name: str, given: Arguments) -> Call:
     return _function(getattr, given["self"], _TRANSPOSES.get(name, name))
 
@@ -226,6 +231,7 @@ def _interpolate(name: str, given: Arguments) -> Call:
 
 _NOT_OF_TO = ("self", "layout", "pin_memory")
 _EXCEPTIONS: dict[str, Callable[[str, Arguments], Call]] = {
+    r"alias\.default": _alias,
     r"slice\.Tensor": _slice,
     r"index\.Tensor": _index,
     r"(numpy_T|matrix_H|mT|mH)\.default": _transpose,

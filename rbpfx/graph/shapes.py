@@ -24,6 +24,7 @@ Form: TypeAlias = Callable[..., Any]
 AnyForm = TypeVar("AnyForm", bound=Form)
 _MODULES: dict[type[nn.Module], Form] = {}
 _CALLS: dict[Hashable, Form] = {}
+_empty = torch.empty  # itself: while a model is traced, torch.fx puts a wrapper in its place
 _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -93,6 +94,12 @@ def _strides(shape: Shape) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def _tensors(module: nn.Module, *names: str) -> list[Tensor | None]:
+    """Parameters or buffers. (Ordinary access to them is slow, and patched during a trace.)"""
+    tensors = module._parameters | module._buffers
+    return [tensors[name] for name in names]
+
+
 def _goes_with(x: FakeTensor, tensor: Tensor) -> bool:
     """Whether a tensor has the type and the device of another."""
     return tensor.dtype == x.dtype and tensor.device == x.fake_device
@@ -105,7 +112,7 @@ def _fits(x: FakeTensor, tensor: Tensor | None, *shape: int) -> bool:
 
 def _new(x: FakeTensor, shape: Shape) -> FakeTensor:
     """A new plain tensor of the type and device of `x`."""
-    return FakeTensor(x.fake_mode, torch.empty(shape, dtype=x.dtype, device="meta"), x.fake_device)
+    return FakeTensor(x.fake_mode, _empty(shape, dtype=x.dtype, device="meta"), x.fake_device)
 
 
 # -- element by element -------------------------------------------------------------------
@@ -187,9 +194,9 @@ def _softmax_call(input: Any, dim: Any) -> FakeTensor | None:
 @_for_modules(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def _batch_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
     axes = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(module)]
-    if x.ndim not in axes or module.running_mean is None:
+    tensors = _tensors(module, "running_mean", "running_var", "weight", "bias")
+    if x.ndim not in axes or tensors[0] is None:
         return None
-    tensors = (module.running_mean, module.running_var, module.weight, module.bias)
     return _new(x, x.shape) if all(_fits(x, t, x.shape[1]) for t in tensors) else None
 
 
@@ -197,13 +204,13 @@ def _batch_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
 def _group_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
     if x.ndim < 3 or x.shape[1] != module.num_channels or x.shape[1] % module.num_groups:
         return None
-    fits = _fits(x, module.weight, x.shape[1]) and _fits(x, module.bias, x.shape[1])
+    fits = all(_fits(x, t, x.shape[1]) for t in _tensors(module, "weight", "bias"))
     return _new(x, x.shape) if fits else None
 
 
 @_for_modules(nn.LayerNorm)
 def _layer_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
-    return _layer_norm_call(x, module.normalized_shape, module.weight, module.bias)
+    return _layer_norm_call(x, module.normalized_shape, *_tensors(module, "weight", "bias"))
 
 
 @_for_calls(F.layer_norm)
@@ -219,7 +226,7 @@ def _layer_norm_call(
 
 @_for_modules(nn.Linear, NonDynamicallyQuantizableLinear)
 def _linear(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
-    return _linear_call(x, module.weight, module.bias)
+    return _linear_call(x, *_tensors(module, "weight", "bias"))
 
 
 @_for_calls(F.linear)
@@ -233,13 +240,14 @@ def _linear_call(input: Any, weight: Any, bias: Any = None) -> FakeTensor | None
 
 @_for_modules(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _convolution(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
-    weight, groups = module.weight, module.groups
+    weight, bias = _tensors(module, "weight", "bias")
+    groups = module.groups
     channels, width, *kernel = weight.shape
     if module.padding_mode != "zeros" or isinstance(module.padding, str) or channels % groups:
         return None
     if x.ndim != weight.ndim or x.shape[1] != width * groups or not _goes_with(x, weight):
         return None
-    if weight.stride() != _strides(weight.shape) or not _fits(x, module.bias, channels):
+    if weight.stride() != _strides(weight.shape) or not _fits(x, bias, channels):
         return None
     return _slid(x, channels, kernel, module.stride, module.padding, module.dilation)
 

@@ -85,7 +85,7 @@ def _rewrite_part(analysed: fx.GraphModule, state: Slicing, analysis: Analysis) 
     for shuffle in ragged:
         shuffle.rewrite(state)
     state.gm.graph.lint()
-    state.gm.recompile()
+    state.gm.graph = state.gm.graph  # changed: its code is another
     try:
         record_metadata(state.gm)
     except InputError as error:

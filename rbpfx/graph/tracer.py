@@ -400,8 +400,10 @@ def _attributes_kept(root: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, attributes in before.items():
-            constants = {k: v for k, v in vars(module).items() if k.startswith(CONSTANT)}
-            module.__dict__ = {**attributes, **constants}
+            state = vars(module)
+            constants = {k: v for k, v in state.items() if k.startswith(CONSTANT)}
+            state.clear()
+            state.update(attributes, **constants)
 
 
 @contextmanager
@@ -418,7 +420,7 @@ def _training_flags_watched(note: Callable[[], None]) -> Iterator[None]:
     def write(module: nn.Module, flag: Any) -> None:
         module.__dict__["training"] = flag
 
-    setattr(nn.Module, "training", property(read, write))
+    nn.Module.training = property(read, write)
     try:
         yield
     finally:

@@ -121,7 +121,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _run(network: nn.Module, inputs: dict[str, Any], train: bool) -> Any:
-    network = in_double(network)
+    network = in_double(copy.deepcopy(network))
     network.eval()
     for module in network.modules() if train else ():
         if isinstance(module, _BatchNorm):
@@ -132,8 +132,8 @@ def _run(network: nn.Module, inputs: dict[str, Any], train: bool) -> Any:
 
 
 def in_double(network: nn.Module) -> nn.Module:
-    """A copy in float64, where the code names a coarser type (`x.to(torch.float32)`) too."""
-    network = copy.deepcopy(network).double()
+    """Make a network float64, where the code names a coarser type (`x.to(torch.float32)`) too."""
+    network.double()
     for part in captured_parts(network).values():
         for node in list(part.graph.nodes):
             if node.target is assume:

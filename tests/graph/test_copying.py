@@ -76,7 +76,7 @@ def test_the_memo_is_obeyed() -> None:
 def test_copies_equal_deep_copies(model: nn.Module) -> None:
     model = trace(model, torch.zeros(1, 3, 32, 32)) if isinstance(model, models.ResNet) else model
     twin, expected = copy_model(model, {}), copy.deepcopy(model)
-    assert repr(twin) == repr(expected)
+    assert repr(twin) == repr(model)
     for quick, slow in zip(twin.modules(), expected.modules(), strict=True):
         assert quick.__dict__.keys() == slow.__dict__.keys()
     for (name, quick), (same, slow) in zip(

@@ -20,12 +20,12 @@ from rbpfx.graph.provenance import Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
-    module_of,
     register,
     shape_of,
     tensor_input,
     value_of,
 )
+from rbpfx.graph.rules.generic import PerChannel
 from rbpfx.graph.slicing import Slicing
 from rbpfx.graph.values import assume, length, rounded
 
@@ -46,28 +46,6 @@ class Copy(Elementwise):
     def moves(self, node: fx.Node) -> bool:
         """Nothing but moving."""
         return True
-
-
-class PReLU(Rule):
-    """`PReLU`: element-wise, with one learnt slope or one per channel."""
-
-    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
-        """Bind the slopes to the channels."""
-        label = state.label(tensor_input(node))
-        slope = state.operand(node, 1, "weight")
-        assert slope is not None
-        if slope.shape and slope.shape[0] > 1:
-            slope.bind(0, state.axis(label, 1, "slopes of a PReLU over a mixed axis"))
-            label = state.collapse(label, set(range(label.ndim)) - {1}, "PReLU slopes")
-        elif slope.label is not None:
-            slope.pin_rest()
-        return label
-
-    def rewrite(self, node: fx.Node, state: Slicing) -> None:
-        """Name the number of slopes."""
-        module = module_of(state.twin(node), state.gm)
-        if isinstance(module, nn.PReLU):
-            module.num_parameters = module.weight.shape[0]
 
 
 class Glimpse(Rule):
@@ -172,6 +150,6 @@ register(Copy(), nn.Identity, torch.clone, torch.detach, "clone", "detach", "con
 register(ELEMENTWISE, operator.neg, operator.abs, operator.pos, operator.invert)
 # Stochastic depth drops whole rows or the whole batch, never single channels.
 register(ELEMENTWISE, stochastic_depth, StochasticDepth)
-register(PReLU(), nn.PReLU, F.prelu, torch.prelu, "prelu")
+register(PerChannel("weight", size="num_parameters"), nn.PReLU, F.prelu, torch.prelu, "prelu")
 register(Glimpse(), "size", "numel", "nelement", "dim", "is_floating_point", "get_device")
 register(Glimpse(), getattr, length, rounded, assume)

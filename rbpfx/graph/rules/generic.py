@@ -42,7 +42,7 @@ class PerChannel(Rule):
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Bind the tensors to the channels."""
         label = state.label(tensor_input(node))
-        dim = self.dim % label.ndim
+        dim = self.channel_dim(node, label.ndim, state.gm)
         operands = [state.operand(node, i, name) for i, name in enumerate(self.tensors, start=1)]
         bound = []
         for operand in (o for o in operands if o is not None):
@@ -61,13 +61,18 @@ class PerChannel(Rule):
             operand.bind(self.axis, channels)
         return Label(label.shape, (Block((dim,), channels),))
 
+    def channel_dim(self, node: fx.Node, ndim: int, gm: fx.GraphModule) -> int:
+        """The channel axis of the input."""
+        return self.dim % ndim
+
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
         """Name the number of channels."""
         module = module_of(state.twin(node), state.gm)
         label = state.label(node)
-        dim = self.dim % label.ndim
-        if module is not None and self.size is not None and dim in state.changed_sizes(label):
-            setattr(module, self.size, state.sizes(label)[dim])
+        changed = state.changed_sizes(label)
+        dim = self.channel_dim(node, label.ndim, state.source)
+        if dim in changed and self.size is not None and hasattr(module, self.size):
+            setattr(module, self.size, changed[dim])
 
 
 class Pinned(Rule):

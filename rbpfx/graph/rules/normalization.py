@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
 from torchvision.ops import FrozenBatchNorm2d
 
 from rbpfx.graph import exact_norms
@@ -33,50 +32,23 @@ from rbpfx.graph.rules.base import (
     tensor_input,
     value_of,
 )
+from rbpfx.graph.rules.generic import PerChannel
 from rbpfx.graph.rules.reduction import keep_whole, over_channels, read_along
 from rbpfx.graph.slicing import Slicing
 
-_ARGUMENTS = (("running_mean", 1), ("running_var", 2), ("weight", 3), ("bias", 4))
-_TORCH_ARGUMENTS = (("weight", 1), ("bias", 2), ("running_mean", 3), ("running_var", 4))
+_TENSORS = ("running_mean", "running_var", "weight", "bias")
+_TORCH_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
-class BatchNorm(Rule):
-    """Statistics, scale and shift belong to the channels of axis 1.
+class BatchNorm(PerChannel):
+    """Statistics, scale and shift belong to the channels.
 
     Args:
-        arguments: Names and positions of the per-channel tensors in the functional call.
+        tensors: The per-channel tensors in the order in which a functional call takes them.
     """
 
-    def __init__(self, arguments: tuple[tuple[str, int], ...] = _ARGUMENTS) -> None:
-        self.arguments = arguments
-
-    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
-        """Bind the per-channel tensors to the channels; statistics run over other axes."""
-        label = state.label(tensor_input(node))
-        dim = self.channel_dim(node, label.ndim, state.gm)
-        rest = set(range(label.ndim)) - {dim}
-        label = state.collapse(label, rest, "statistics of a BatchNorm")
-        operands = [state.operand(node, position, name) for name, position in self.arguments]
-        bound = [operand for operand in operands if operand is not None]
-        if not bound:
-            return label
-        channels = state.axis(label, dim, "a BatchNorm over channels that are not followed")
-        for operand in bound:
-            operand.bind(0, channels)
-        return Label(label.shape, (Block((dim,), channels),))
-
-    def channel_dim(self, node: fx.Node, ndim: int, gm: fx.GraphModule) -> int:
-        """The channel axis."""
-        return 1
-
-    def rewrite(self, node: fx.Node, state: Slicing) -> None:
-        """Name the number of channels."""
-        module = module_of(state.twin(node), state.gm)
-        label = state.label(node)
-        changed = state.changed_sizes(label)
-        dim = self.channel_dim(node, label.ndim, state.source)
-        if dim in changed and isinstance(module, _NormBase):
-            module.num_features = changed[dim]
+    def __init__(self, *tensors: str) -> None:
+        super().__init__(*tensors, mixes=True, size="num_features")
 
 
 class InstanceNorm(BatchNorm):
@@ -122,7 +94,7 @@ class Mixing(Rule):
         if self.is_exact or state.normalization == "exact":
             return read_along(node, state, label, dims)
         if state.normalization == "freeze":
-            reason = f"{over_channels(node, state)}; normalization='exact' would let them go"
+            reason = f"{over_channels(node, state)} (normalization='exact' would let them go)"
             return keep_whole(node, state, label, dims, reason)
         entangled = tuple(b for b in label.blocks if len(b.dims) > 1)
         passing = tuple(b for b in label.blocks if len(b.dims) == 1)
@@ -282,11 +254,17 @@ class LocalResponseNorm(Rule):
         return keep_whole(node, state, label, {1}, over_channels(node, state))
 
 
-register(BatchNorm(), nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-register(BatchNorm(), F.batch_norm, FrozenBatchNorm2d)
-register(BatchNorm(_TORCH_ARGUMENTS), torch.batch_norm)
-register(InstanceNorm(), nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, F.instance_norm)
-register(InstanceNorm(_TORCH_ARGUMENTS), torch.instance_norm)
+register(BatchNorm(*_TENSORS), nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+register(BatchNorm(*_TENSORS), F.batch_norm, FrozenBatchNorm2d)
+register(BatchNorm(*_TORCH_TENSORS), torch.batch_norm)
+register(
+    InstanceNorm(*_TENSORS),
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    F.instance_norm,
+)
+register(InstanceNorm(*_TORCH_TENSORS), torch.instance_norm)
 _LAYER_NORM = (("weight", "bias"), 1e-5, exact_norms.ExactLayerNorm, exact_norms.layer_norm)
 _RMS_NORM = (("weight",), None, exact_norms.ExactRMSNorm, exact_norms.rms_norm)
 _GROUP_NORM = (("weight", "bias"), 1e-5, exact_norms.ExactGroupNorm, exact_norms.group_norm)
