@@ -22,30 +22,25 @@ import resource
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 import rbpfx
-from benchmarks import _zoo
+from benchmarks import _coverage_report, _zoo
+from benchmarks._coverage_report import SUITES, page, summary, table, verdict
 from benchmarks._isolate import Report, Row, first_line, isolated
 from benchmarks._record import Record
 from rbpfx import PruningPlan
 from rbpfx.graph.verification import difference, in_double
 from rbpfx.testing import randomize
-
-RESULTS = Path(__file__).parent / "results"
-SUITES = ("torchvision", "timm", "transformers")
-EXACT = 1e-9
-ROUNDING = 1e-4  # of float32, through a deep network; only where captured and original differ
 
 
 def main() -> None:
@@ -62,7 +57,7 @@ def main() -> None:
     if options.markdown:
         options.markdown.write_text(page())
         return
-    record = Record(RESULTS / f"coverage-{options.suite}.json")
+    record = Record(_coverage_report.RESULTS / f"coverage-{options.suite}.json")
     code = fingerprint()
     chosen = [n for n in _zoo.suite(options.suite) if any(fnmatch(n, g) for g in options.models)]
     importlib.import_module(options.suite)  # once, for all processes
@@ -99,7 +94,7 @@ def measure(task: tuple[str, str], report: Report) -> None:
         except Exception as error:
             report({"failure": f"{stage}: {first_line(error)}"})
             break
-        gc.collect()  # a graph and its module refer to each other
+        gc.collect()  # graphs and modules refer to each other, so they stay until collected
     report({"seconds": round(time.perf_counter() - began, 1), "gigabytes": peak_memory()})
 
 
@@ -204,7 +199,8 @@ class Subject:
         """Masked and sliced in float64: eval mode, then train mode, which changes statistics."""
         dense, removed = (evaluate(network, self.inputs) for network in (self.gm, self.masked))
         row: Row = {"effect": difference(dense, removed)}
-        del self.gm, self.analysis  # the largest models barely fit in double precision
+        del self.gm, self.analysis
+        gc.collect()  # the largest models barely fit in double precision
         with_statistics = any(isinstance(m, _BatchNorm) for m in self.masked.modules())
         networks = [in_double(network).eval() for network in (self.masked, self.pruned)]
         row["error"] = difference(*(evaluate(network, self.inputs) for network in networks))
@@ -322,115 +318,6 @@ def clock() -> Iterator[Callable[[], float]]:
     """Seconds since the block was entered."""
     start = time.perf_counter()
     yield lambda: round(time.perf_counter() - start, 4)
-
-
-# -- all models ----------------------------------------------------------------------------
-
-
-def is_exact(row: Row) -> bool:
-    """Whether the network that is left equals the masked one, as far as it could be run."""
-    errors = [row[name] for name in ("error", "error_train") if name in row]
-    return "failure" not in row and bool(errors) and max(errors) <= EXACT
-
-
-def is_faithful(row: Row) -> bool:
-    """Whether the captured network is the model."""
-    errors = [row[n] for n in row if n.startswith("capture_error")]
-    return row.get("same_keys", False) and all(
-        isinstance(e, float) and e <= ROUNDING for e in errors
-    )
-
-
-def is_smaller(row: Row) -> bool:
-    """Whether parameters went."""
-    return row.get("pruned_parameters", float("inf")) < row.get("parameters", 0)
-
-
-def is_partial(row: Row) -> bool:
-    """Whether a tenth of the parameters is out of reach, or something was not understood."""
-    return bool(row.get("unknown") or row.get("whole")) or row.get("in_groups", 0) < 0.9
-
-
-def verdict(row: Row) -> str:
-    """A row in a few words."""
-    if "failure" in row:
-        return row["failure"]
-    problems = [] if is_faithful(row) else ["captured graph differs"]
-    problems += [] if is_exact(row) else [f"NOT EXACT ({row.get('error')})"]
-    problems += [] if is_smaller(row) else ["nothing removed"]
-    return ", ".join(problems) or f"exact, {row['in_groups']:.0%} of the parameters in groups"
-
-
-def table(rows: dict[str, Row], tablefmt: str = "simple") -> str:
-    """One line per model."""
-    headers = ["model", "capture", "nodes", "groups", "units", "in groups %", "removable %"]
-    headers += ["params M", "-> M", "MACs M", "-> M", "trace s", "analyse ms", "rewrite ms"]
-    headers += ["error", "train", "what stays, or what failed"]
-    return tabulate([_line(n, r) for n, r in rows.items()], headers=headers, tablefmt=tablefmt)
-
-
-def _line(name: str, row: Row) -> list[Any]:
-    def scaled(key: str, factor: float, digits: int = 2) -> Any:
-        value = row.get(key)
-        return value if value is None else f"{value * factor:.{digits}f}"
-
-    error, train = row.get("error"), row.get("error_train")
-    return [
-        name,
-        row.get("capture", "failed"),
-        row.get("nodes"),
-        row.get("groups"),
-        row.get("units"),
-        scaled("in_groups", 100, 0),
-        scaled("removable", 100, 0),
-        scaled("parameters", 1e-6),
-        scaled("pruned_parameters", 1e-6),
-        scaled("macs", 1e-6, 0),
-        scaled("pruned_macs", 1e-6, 0),
-        scaled("capture_seconds", 1),
-        scaled("analysis_seconds", 1e3, 0),
-        scaled("rewrite_seconds", 1e3, 0),
-        None if error is None else f"{error:.0e}",
-        None if train is None else f"{train:.0e}",
-        explanation(row),
-    ]
-
-
-def explanation(row: Row) -> str:
-    """Why a model is only partly prunable, in a line."""
-    if "failure" in row:
-        return str(row["failure"])
-    if not is_partial(row):
-        return ""
-    parts = [f"whole: {kind}" for kind in sorted(set(row.get("whole", {}).values()))]
-    parts += [f"no rule: {operator}" for operator in row.get("unknown", {})]
-    told = (r for r in row.get("frozen", []) if "no rule" not in r[0] and r[1] >= 0.02)
-    parts += [f"{reason} ({size:.0%})" for reason, size in told]
-    return "; ".join(parts[:4])
-
-
-def summary(rows: Iterable[Row]) -> str:
-    """The line that counts."""
-    rows = list(rows)
-    counts = {
-        "captured": sum("capture" in row for row in rows),
-        "faithful": sum(is_faithful(row) for row in rows),
-        "exact": sum(is_exact(row) for row in rows),
-        "smaller": sum(is_smaller(row) for row in rows),
-        "partly prunable": sum(is_partial(row) for row in rows if "failure" not in row),
-    }
-    told = ", ".join(f"{n} {what}" for what, n in counts.items())
-    return f"{len(rows)} models: {told}"
-
-
-def page() -> str:
-    """The page of the documentation with the tables of all suites."""
-    parts = ["# Coverage\n\nGenerated by `python -m benchmarks.coverage --markdown`."]
-    for suite in SUITES:
-        rows = Record(RESULTS / f"coverage-{suite}.json").rows
-        if rows:
-            parts.append(f"## {suite}\n\n{summary(rows.values())}\n\n{table(rows, 'github')}")
-    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
+from torch._ops import OpOverload
 
 
 def call_leaf(
@@ -35,6 +36,8 @@ def modifies_in_place(node: fx.Node, root: nn.Module) -> bool:
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
+    if isinstance(node.target, OpOverload):
+        return bool(node.target._schema.is_mutable)
     name = str(getattr(node.target, "__name__", node.target))
     if name == "setitem" or name in _AUGMENTED:
         return True

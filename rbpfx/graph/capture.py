@@ -74,6 +74,8 @@ def trace(
         [torch.Size([2, 64, 16, 16])]
     """
     if isinstance(model, ExportedProgram):
+        if tuple(leaf_modules):
+            raise InputError("an exported program has no modules that leaf_modules could keep")
         return trace_program(model, None if example_inputs is None else _as_call(example_inputs))
     if example_inputs is None:
         raise InputError("example_inputs are needed to capture a module")
@@ -291,12 +293,11 @@ def _complete(gm: nn.Module, root: nn.Module) -> None:
         root._buffers.keys() - root._non_persistent_buffers_set
     )
     for name, child in root._modules.items():
-        if child is None or not (has_tensors(child) or name in gm._modules):
-            continue
-        if name not in gm._modules:
+        installed = gm._modules.get(name)
+        if installed is None and child is not None and has_tensors(child):
             gm._modules[name] = child
-        elif gm._modules[name] is not child:
-            _complete(gm.get_submodule(name), child)
+        elif installed is not None and child is not None and installed is not child:
+            _complete(installed, child)
 
 
 def has_tensors(module: nn.Module) -> bool:

@@ -48,26 +48,30 @@ def _is_plain(cls: type[nn.Module]) -> bool:
 
 def _copy_module(module: nn.Module, memo: Memo) -> None:
     twin = memo[id(module)] = module.__new__(type(module))
-    twin.__setstate__({name: _copied(v, memo) for name, v in module.__dict__.items()})
+    twin.__setstate__(_copied_values(module.__dict__, memo))
 
 
 def _copy_graph_module(gm: fx.GraphModule, memo: Memo) -> None:
     twin = memo[id(gm)] = gm.__new__(type(gm))
     type(twin).__name__ = type(gm).__name__
-    state = {name: _copied(v, memo) for name, v in gm.__dict__.items() if name != "_graph"}
-    twin.__dict__.update(state)
+    state = {name: value for name, value in gm.__dict__.items() if name != "_graph"}
+    twin.__dict__.update(_copied_values(state, memo))
     twin.graph = copy.deepcopy(gm.graph, memo)
 
 
+def _copied_values(values: dict[str, Any], memo: Memo) -> dict[str, Any]:
+    return {n: v if type(v) in _ATOMIC else _copied(v, memo) for n, v in values.items()}
+
+
 def _copied(value: Any, memo: Memo) -> Any:
-    if type(value) in _ATOMIC:
-        return value
     if id(value) in memo:
         return memo[id(value)]
     if type(value) is dict:
         memo[id(value)] = twin = {}
-        twin.update({name: _copied(v, memo) for name, v in value.items()})
+        twin.update(_copied_values(value, memo))
         return twin
+    if type(value) is tuple and _ATOMIC.issuperset(map(type, value)):
+        return value
     if type(value) in (OrderedDict, set, list) and not value:
         memo[id(value)] = twin = type(value)()
         return twin

@@ -38,9 +38,9 @@ from rbpfx.graph.metadata import compute, fake_inputs, fake_mode
 from rbpfx.graph.modes import by_mode, mode_flag
 from rbpfx.graph.overloads import Call, in_schema_order, named_arguments, spellings
 from rbpfx.graph.parts import count_examples, note_examples
+from rbpfx.graph.program_guards import Guards
 from rbpfx.graph.rules.base import find_rule
 from rbpfx.graph.tracer import GraphTracer
-from rbpfx.graph.values import assume
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -119,10 +119,12 @@ class _Translation:
     def run(self) -> None:
         """Build the graph."""
         arguments = self._arguments()
-        nodes = [self._placeholder(name) for name in arguments]
+        nodes = {name: self._placeholder(name) for name in arguments}
         self.flag = mode_flag(self.graph, self.gm)
-        for node, structure in zip(nodes, arguments.values(), strict=True):
-            self._unpack(node, structure)
+        guards = Guards(self.program, self.graph, self._valued, nodes)
+        for name, structure in arguments.items():
+            self._unpack(nodes[name], structure, guards)
+        guards.check_conditions()
         results = self._walk(self.source.graph)
         assert self.program.call_spec.out_spec is not None
         result = tree_unflatten(list(results), self.program.call_spec.out_spec)
@@ -132,13 +134,13 @@ class _Translation:
         self.gm.graph = self.graph
 
     def _drop_unused(self) -> None:
-        """Remove what was fetched for nothing: the tensors of a module, and the mode."""
-        if not self.flag.users:
-            self.graph.erase_node(self.flag)
-            self.gm.delete_submodule(str(self.flag.target))
+        """Remove what was asked for nothing: tensors of a module, sizes, the mode."""
         for node in reversed(self.graph.nodes):
-            if node.op == "get_attr" and not node.users:
+            asks = node.op == "get_attr" or node.target in (getattr, operator.getitem)
+            if (asks or node is self.flag) and not node.users:
                 self.graph.erase_node(node)
+        if not self.flag.users:
+            self.gm.delete_submodule(str(self.flag.target))
 
     # -- inputs and outputs ---------------------------------------------------------------
 
@@ -161,28 +163,16 @@ class _Translation:
         node.meta["val"] = fake_inputs(self.mode, self.values[name])
         return node
 
-    def _unpack(self, node: fx.Node, structure: Any) -> None:
-        """Fetch what the program takes from an argument, and check what it takes for granted."""
+    def _unpack(self, node: fx.Node, structure: Any, guards: Guards) -> None:
+        """Fetch what the program takes from an argument, and check it."""
         for path, placeholder in tree_flatten_with_path(structure)[0]:
             leaf = node
             for key in path:
                 function, index = _step(key)
                 leaf = self._new(Call("call_function", function, (leaf, index), {}))
             self._twins[placeholder] = leaf
-            self._guard(leaf, placeholder.meta["val"], f"{str(node.target) + keystr(path)!r}")
-
-    def _guard(self, node: fx.Node, value: Any, name: str) -> None:
-        if isinstance(value, Tensor):
-            for axis, size in enumerate(value.shape):
-                if isinstance(size, int):  # not a symbol
-                    asked = self._new(Call("call_method", "size", (node, axis), {}))
-                    self._assume(asked, size, f"axis {axis} of argument {name}")
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            self._assume(node, value, f"argument {name}")
-
-    def _assume(self, node: fx.Node, value: Any, where: str) -> None:
-        where = f"{where}, which the exported program fixes,"
-        self._valued(call_leaf(self.graph, assume, (node, value, where)))
+            name = str(node.target) + keystr(path)
+            guards.check_input(leaf, placeholder.meta["val"], repr(name))
 
     def _packed(self, value: Any) -> Any:
         """A result of the model as an argument of a node."""

@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_leaves
 from rbpfx.errors import CaptureError
 from rbpfx.graph.aliasing import storages
 from rbpfx.graph.calls import call_leaf, modifies_in_place
+from rbpfx.graph.patches import CONSTANT
 
 T = TypeVar("T")
 
 MODE_FLAG = "training_mode"
 _BOUNDS = ("start", "stop", "step")
 _OPERATORS = frozenset(f"i{name}" for name in "add sub mul truediv".split()) | {"setitem"}
-_CONSTANT = "_tensor_constant"  # the prefix of torch.fx
 
 
 class TrainingMode(nn.Module):
@@ -143,11 +143,11 @@ class _Merger:
 
     def _constant(self, node: fx.Node) -> str | None:
         """The name in the train graph of a tensor that the forward made; each trace makes one."""
-        if node.op != "get_attr" or not str(node.target).startswith(_CONSTANT):
+        if node.op != "get_attr" or not str(node.target).startswith(CONSTANT):
             return None
         value = getattr(self.root, str(node.target))
         for op, name in self.waiting:
-            if op == "get_attr" and name.startswith(_CONSTANT):
+            if op == "get_attr" and name.startswith(CONSTANT):
                 other = getattr(self.root, name)
                 if other.dtype == value.dtype and torch.equal(other, value):
                     return str(name)

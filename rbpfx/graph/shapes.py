@@ -124,7 +124,7 @@ def _activation(module: nn.Module, x: FakeTensor) -> FakeTensor:
     return x if getattr(module, "inplace", False) else _new(x, x.shape)
 
 
-@_for_modules(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+@_for_modules(nn.Identity, nn.Dropout, nn.Dropout2d)
 def _unchanged(module: nn.Module, x: FakeTensor) -> FakeTensor:
     return x
 

@@ -170,7 +170,7 @@ def _folded_factors(
 def _tensor(module: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
     home = submodule(module, owner) if owner else module
-    tensor = home._parameters.get(attribute)
+    tensor: Tensor | None = home._parameters.get(attribute)
     tensor = home._buffers[attribute] if tensor is None else tensor
     assert tensor is not None
     return tensor

@@ -12,11 +12,10 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import partial, wraps
+from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchvision.ops
@@ -26,13 +25,18 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.fx import _symbolic_trace
 from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import is_parametrized
 
 from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.decompositions import DECOMPOSITIONS
 from rbpfx.graph.metadata import compute
+from rbpfx.graph.patches import (
+    attributes_kept,
+    custom_autograd_functions_refused,
+    marked_functions_opened,
+    training_flags_watched,
+)
 from rbpfx.graph.rules.base import python_functions, rule_of_function, rule_of_module
 from rbpfx.graph.values import (
     GraphProxy,
@@ -44,7 +48,6 @@ from rbpfx.graph.values import (
 )
 
 LeafModule = type[nn.Module] | str
-CONSTANT = "_tensor_constant"  # what torch.fx calls tensors that a forward makes
 _LOCK = threading.RLock()
 _LOOKAHEAD = 64
 _MODE = frozenset({"train", "eval"})
@@ -137,12 +140,12 @@ class ValueTracer(GraphTracer):
         """Trace the model."""
         assert isinstance(root, nn.Module)
         self.depends_on_mode = any(_has_own_mode(module) for module in root.modules())
-        watched = _training_flags_watched(self._note_mode)
+        watched = training_flags_watched(self._note_mode)
         with (
             _LOCK,
-            _custom_autograd_functions_refused(),
-            _marked_functions_opened(self),
-            _attributes_kept(root),
+            custom_autograd_functions_refused(),
+            marked_functions_opened(self),
+            attributes_kept(root),
             watched,
         ):
             graph = super().trace(root, concrete_args)
@@ -265,7 +268,7 @@ class ValueTracer(GraphTracer):
 
     def create_leaf(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Proxy:
         """Record a call of a function of ours that re-tracing must not look into."""
-        proxy = self.create_proxy("call_function", function, args, {})
+        proxy: fx.Proxy = self.create_proxy("call_function", function, args, {})
         proxy.node.meta["is_wrapped"] = True
         return proxy
 
@@ -333,7 +336,7 @@ class _Values:
                 and self._mapped(node.kwargs) == other.kwargs
             ):
                 self._position += offset + 1
-                return other
+                return cast(fx.Node, other)
         return None
 
     def _mapped(self, args: Any) -> Any:
@@ -355,99 +358,8 @@ def _drop_unused_numbers(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-@contextmanager
-def _marked_functions_opened(tracer: ValueTracer) -> Iterator[None]:
-    """Trace into functions marked with `fx.wrap`, which torch.fx would record as one call."""
-    table = _symbolic_trace._wrapped_fns_to_patch
-    opened = [
-        (key, frame, frame[key[1]]) for key, frame in table.items() if tracer.opens(frame.get(key[1]))
-    ]
-    for key, frame, function in opened:
-        del table[key]
-        frame[key[1]] = _blamed(function, tracer)
-    try:
-        yield
-    finally:
-        for key, frame, function in opened:
-            table[key] = frame
-            frame[key[1]] = function
-
-
-def _blamed(function: Callable[..., Any], tracer: ValueTracer) -> Callable[..., Any]:
-    """The function, which notes that it was the one that could not be traced."""
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except Exception:
-            if tracer.failed_in is None:
-                tracer.failed_in = function
-            raise
-
-    return call
-
-
-@contextmanager
-def _attributes_kept(root: nn.Module) -> Iterator[None]:
-    """Take back what forwards store in their modules: here proxies, useless after the trace."""
-    copied = (dict, list, set)
-    before = {
-        module: {k: v.copy() if isinstance(v, copied) else v for k, v in vars(module).items()}
-        for module in root.modules()
-    }
-    try:
-        yield
-    finally:
-        for module, attributes in before.items():
-            state = vars(module)
-            constants = {k: v for k, v in state.items() if k.startswith(CONSTANT)}
-            state.clear()
-            state.update(attributes, **constants)
-
-
-@contextmanager
-def _training_flags_watched(note: Callable[[], None]) -> Iterator[None]:
-    """Tell whenever the `training` flag of a module is read."""
-
-    def read(module: nn.Module) -> Any:
-        note()
-        try:
-            return module.__dict__["training"]
-        except KeyError:
-            raise AttributeError("training") from None
-
-    def write(module: nn.Module, flag: Any) -> None:
-        module.__dict__["training"] = flag
-
-    nn.Module.training = property(read, write)
-    try:
-        yield
-    finally:
-        delattr(nn.Module, "training")
-
-
 def _has_own_mode(module: nn.Module) -> bool:
     """Whether a module does more in `train()` and `eval()` than to set its `training` flag."""
     kind = type(module)
     inherits = kind.train is nn.Module.train and kind.eval is nn.Module.eval
     return not inherits or hasattr(kind, "training") or not vars(module).keys().isdisjoint(_MODE)
-
-
-
-@contextmanager
-def _custom_autograd_functions_refused() -> Iterator[None]:
-    """Make `Function.apply` on a proxy an error: tracing into it would lose its own backward."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    @classmethod  # type: ignore[misc]
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(type(a) is ValueProxy for a in (*args, *kwargs.values())):
-            raise Untraceable(f"the autograd function {cls.__name__} has a backward of its own")
-        return original.__get__(None, cls)(*args, **kwargs)
-
-    torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original

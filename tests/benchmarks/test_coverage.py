@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import _zoo, coverage
+from benchmarks import _coverage_report, _zoo, coverage
 from benchmarks._isolate import Report, isolated
 from benchmarks._record import Record
 
@@ -68,33 +68,33 @@ def test_a_row_of_a_model_that_is_prunable() -> None:
     assert row["pruned_parameters"] < row["parameters"]
     assert row["pruned_macs"] < row["macs"]
     assert row["effect"] > 1e-3
-    assert coverage.is_faithful(row)
-    assert coverage.is_exact(row)
-    assert coverage.is_smaller(row)
-    assert not coverage.is_partial(row)
-    assert coverage.verdict(row).startswith("exact")
+    assert _coverage_report.is_faithful(row)
+    assert _coverage_report.is_exact(row)
+    assert _coverage_report.is_smaller(row)
+    assert not _coverage_report.is_partial(row)
+    assert _coverage_report.verdict(row).startswith("exact")
 
 
 def test_what_stays_is_named() -> None:
     row = measured("opaque")
     assert any("rfft" in operator for operator in row["unknown"])
-    assert not coverage.is_smaller(row)
-    assert coverage.is_partial(row)
-    assert "nothing removed" in coverage.verdict(row)
-    assert "rfft" in coverage.explanation(row)
+    assert not _coverage_report.is_smaller(row)
+    assert _coverage_report.is_partial(row)
+    assert "nothing removed" in _coverage_report.verdict(row)
+    assert "rfft" in _coverage_report.explanation(row)
 
 
 def test_a_failure_is_told_with_its_stage() -> None:
     row = measured("broken")
     assert row["failure"].startswith("capture: InputError")
     assert "parameters" in row
-    assert not coverage.is_exact(row)
+    assert not _coverage_report.is_exact(row)
 
 
 def test_rows_are_kept_until_the_code_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(coverage, "RESULTS", tmp_path)
+    monkeypatch.setattr(_coverage_report, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["coverage", "--suite", "torchvision"])
     coverage.main()
     told = capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_rows_are_kept_until_the_code_changes(
     coverage.main()
     assert "small: " in capsys.readouterr().out
     assert set(Record(tmp_path / "coverage-torchvision.json").rows) == set(MODELS)
-    page = coverage.page()
+    page = _coverage_report.page()
     assert "## torchvision" in page
     assert "| small " in page
 

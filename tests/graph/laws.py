@@ -1,4 +1,4 @@
-"""The laws of `rbpfx.testing`, under one name for the tests, and what no test may change."""
+"""The laws of `rbpfx.testing.laws`, under one name for the tests, and what no test may change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from rbpfx.testing import (
+from rbpfx.testing.laws import (
     TOLERANCE,
     Compiled,
     assert_close,

@@ -22,7 +22,7 @@ from rbpfx.graph.capture import trace
 from rbpfx.graph.groups import Analysis, analyze
 from rbpfx.graph.slicing import rewrite
 from rbpfx.plan import PruningPlan
-from rbpfx.testing import prune_random, randomize
+from rbpfx.testing.laws import prune_random, randomize
 from tests.graph.generator import random_inputs, random_program
 from tests.graph.laws import (
     assert_close,
@@ -404,3 +404,47 @@ def test_everything_it_raises_is_ours() -> None:
     assert gm(torch.ones(3, 4))[1].shape == (3, 4)
     with pytest.raises(RbpfxError):
         trace(export(Model(), torch.randn(2, 4)), {"y": torch.randn(2, 4)})
+
+
+class Asking(nn.Module):
+    """Does one thing or another, by the sizes of its inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape[0] <= 16:
+            x = x * 2
+        if x.shape[1] % 2 == 0 and x.shape[0] + y.shape[0] > 5:
+            x = x + 1
+        return x.sum(1) + y[: x.shape[0], 0]
+
+
+@pytest.mark.parametrize("travel", [lambda program: program, saved_and_loaded])
+def test_branches_on_sizes_are_guarded(
+    travel: Callable[[ExportedProgram], ExportedProgram],
+) -> None:
+    inputs = torch.randn(4, 6), torch.randn(5, 3)
+    free = ({0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 1: Dim.AUTO})
+    model = Asking()
+    gm = trace(travel(torch.export.export(model, inputs, dynamic_shapes=free)))
+    others = torch.randn(3, 4), torch.randn(8, 2)
+    assert torch.equal(gm(*others), model(*others))
+    for rows, columns, reason in ((20, 6, "≤ 16"), (4, 7, "% 2"), (2, 6, "> 5")):
+        with pytest.raises(GuardError, match=reason):
+            gm(torch.randn(rows, columns), torch.randn(20 if rows > 2 else 3, 3))
+    pickled = copy.deepcopy(gm)
+    with pytest.raises(GuardError):
+        pickled(torch.randn(20, 6), torch.randn(20, 3))
+
+
+def test_bounds_and_equal_sizes_are_guarded() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+            return x + y + z.view(-1, 2, z.shape[1]).sum(1)
+
+    batch = Dim("batch", min=3, max=10)
+    free = ({0: batch}, {0: batch}, {0: 2 * batch})
+    inputs = torch.randn(4, 2), torch.randn(4, 2), torch.randn(8, 2)
+    gm = trace(torch.export.export(Model(), inputs, dynamic_shapes=free))
+    assert gm(torch.ones(5, 2), torch.ones(5, 2), torch.ones(10, 2)).shape == (5, 2)
+    for sizes in ((2, 2, 4), (11, 11, 22), (4, 1, 8), (4, 4, 2)):
+        with pytest.raises(GuardError, match="condition"):
+            gm(*(torch.ones(size, 2) for size in sizes))

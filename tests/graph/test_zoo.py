@@ -1,4 +1,4 @@
-"""Models of other libraries: captured, faithful, exact and smaller, as `benchmarks.coverage` says."""
+"""Models of other libraries: captured, faithful, exact and smaller (`benchmarks.coverage`)."""
 
 from __future__ import annotations
 

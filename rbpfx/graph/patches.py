@@ -1,0 +1,108 @@
+"""What is patched while a model is traced; every function here takes its patch back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import _symbolic_trace
+
+from rbpfx.graph.values import Untraceable, ValueProxy
+
+if TYPE_CHECKING:
+    from rbpfx.graph.tracer import ValueTracer
+
+CONSTANT = "_tensor_constant"  # what torch.fx calls tensors that a forward makes
+
+
+@contextmanager
+def marked_functions_opened(tracer: ValueTracer) -> Iterator[None]:
+    """Trace into functions marked with `fx.wrap`, which torch.fx would record as one call."""
+    table = _symbolic_trace._wrapped_fns_to_patch
+    marked = [(key, frame, frame.get(key[1])) for key, frame in table.items()]
+    opened = [entry for entry in marked if tracer.opens(entry[2])]
+    for key, frame, function in opened:
+        del table[key]
+        frame[key[1]] = _blamed(function, tracer)
+    try:
+        yield
+    finally:
+        for key, frame, function in opened:
+            table[key] = frame
+            frame[key[1]] = function
+
+
+def _blamed(function: Callable[..., Any], tracer: ValueTracer) -> Callable[..., Any]:
+    """The function, which notes that it was the one that could not be traced."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            if tracer.failed_in is None:
+                tracer.failed_in = function
+            raise
+
+    return call
+
+
+@contextmanager
+def attributes_kept(root: nn.Module) -> Iterator[None]:
+    """Take back what forwards store in their modules: here proxies, useless after the trace."""
+    copied = (dict, list, set)
+    before = {
+        module: {k: v.copy() if isinstance(v, copied) else v for k, v in vars(module).items()}
+        for module in root.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            state = vars(module)
+            constants = {k: v for k, v in state.items() if k.startswith(CONSTANT)}
+            state.clear()
+            state.update(attributes, **constants)
+
+
+@contextmanager
+def training_flags_watched(note: Callable[[], None]) -> Iterator[None]:
+    """Tell whenever the `training` flag of a module is read."""
+
+    def read(module: nn.Module) -> Any:
+        note()
+        try:
+            return module.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+
+    def write(module: nn.Module, flag: Any) -> None:
+        module.__dict__["training"] = flag
+
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        delattr(nn.Module, "training")
+
+
+@contextmanager
+def custom_autograd_functions_refused() -> Iterator[None]:
+    """Make `Function.apply` on a proxy an error: tracing into it would lose its own backward."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    @classmethod  # type: ignore[misc]
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(type(a) is ValueProxy for a in (*args, *kwargs.values())):
+            raise Untraceable(f"the autograd function {cls.__name__} has a backward of its own")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = apply
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
