@@ -29,13 +29,15 @@ def copy_model(model: M, memo: Memo) -> M:
         model: Any module.
         memo: What stands for an object in the copy, by its id.
     """
+    modules = list(model.modules())
+    plain = {cls for cls in set(map(type, modules)) if _is_plain(cls)}
     # Children first, so that a module finds the copies of its children in the memo.
-    for module in reversed(list(model.modules())):
+    for module in reversed(modules):
         if id(module) in memo:
             continue
         if getattr(type(module), "__deepcopy__", None) is fx.GraphModule.__deepcopy__:
             _copy_graph_module(module, memo)
-        elif _is_plain(type(module)):
+        elif type(module) in plain:
             _copy_module(module, memo)
     return copy.deepcopy(model, memo)
 

@@ -33,7 +33,7 @@ from torch.utils._pytree import (
 
 from rbpfx.errors import CaptureError, GuardError, InputError
 from rbpfx.graph.calls import call_leaf
-from rbpfx.graph.exported_modules import add_constant, holds, restore_batch_norm, with_state_of
+from rbpfx.graph.exported_modules import add_constant, holds, restore_batch_norm, share_state
 from rbpfx.graph.metadata import compute, fake_inputs, fake_mode
 from rbpfx.graph.modes import by_mode, mode_flag
 from rbpfx.graph.overloads import Call, in_schema_order, named_arguments, spellings
@@ -70,7 +70,6 @@ def trace_program(program: ExportedProgram, inputs: Inputs | None = None) -> fx.
     translation = _Translation(program, source, values)
     translation.run()
     gm = translation.gm
-    gm.graph.lint()
     note_examples(gm, count_examples(values))
     for module in gm.modules():
         if not isinstance(module, _BatchNorm):  # has a mode of its own already
@@ -110,8 +109,9 @@ class _Translation:
         self.source = source
         self.values = values
         self.trained = _exported_in_train_mode(source)
-        self.gm = with_state_of(source)
-        self.graph = fx.Graph()
+        self.graph = fx.Graph(tracer_cls=GraphTracer)
+        self.gm = fx.GraphModule(nn.Module(), self.graph, class_name="ExportedModel")
+        share_state(source, self.gm)
         self.trials = fx.Graph()
         self.mode = fake_mode()
         self._twins: dict[fx.Node, Any] = {}
@@ -130,8 +130,8 @@ class _Translation:
         result = tree_unflatten(list(results), self.program.call_spec.out_spec)
         self._valued(self.graph.output(self._packed(result)))
         self._drop_unused()
-        self.graph._tracer_cls = GraphTracer
-        self.gm.graph = self.graph
+        self.graph.lint()
+        self.gm.recompile()
 
     def _drop_unused(self) -> None:
         """Remove what was asked for nothing: tensors of a module, sizes, the mode."""
@@ -345,7 +345,9 @@ def _step(key: Any) -> tuple[Callable[..., Any], Any]:
 def _kind(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return (value.shape, value.dtype, value.device, value.layout, value.stride())
+    # The stride of an axis of one index means nothing.
+    strides = [stride for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1]
+    return (value.shape, value.dtype, value.device, value.layout, strides)
 
 
 def _literals_of_mode(given: Mapping[str, Any]) -> dict[str, bool | float]:

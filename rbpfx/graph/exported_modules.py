@@ -18,12 +18,11 @@ _COUNTER = "num_batches_tracked"
 _CLASSES = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
-def with_state_of(source: nn.Module) -> fx.GraphModule:
-    """A graph module without a graph, over the same parameters and buffers.
+def share_state(source: nn.Module, gm: fx.GraphModule) -> None:
+    """Give a graph module the parameters and buffers of another module, under their names.
 
     Tied parameters come out of a file as tensors of their own in the same memory.
     """
-    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name="ExportedModel")
     tied: dict[Any, nn.Parameter] = {}
     for name, parameter in source.named_parameters(remove_duplicate=False):
         memory = (parameter.data_ptr() or id(parameter), parameter.shape, parameter.stride())
@@ -33,7 +32,6 @@ def with_state_of(source: nn.Module) -> fx.GraphModule:
         for leaf, buffer in module._buffers.items():
             persistent = leaf not in module._non_persistent_buffers_set
             _owner(gm, f"{path}.{leaf}").register_buffer(leaf, buffer, persistent)
-    return gm
 
 
 def add_constant(gm: fx.GraphModule, name: str, value: Tensor) -> None:

@@ -40,6 +40,8 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Not: operator.not_,
 }
 _FUNCTIONS = {"max": max, "Max": max, "min": min, "Min": min}
+# They ask for the truth of their arguments, which are no numbers while code is traced again.
+_ASKING_PYTHON = (max, min, operator.not_)
 
 
 class Guards:
@@ -89,9 +91,9 @@ class Guards:
         for expression, node in self._sizes.items():
             symbols = {str(symbol) for symbol in expression.free_symbols}
             if not expression.is_Symbol and symbols <= self._names.keys():
-                self._require(operator.eq, node, self._compiled(str(expression)), str(expression))
+                self._compare(operator.eq, node, self._compiled(str(expression)), str(expression))
         for text in getattr(self.program, "_guards_code", ()):
-            self._require(operator.truth, self._compiled(text), text)
+            self._require(self._compiled(text), text)
 
     def _check_number(self, node: fx.Node, value: Any, where: str) -> None:
         if isinstance(value, torch.SymInt):
@@ -102,25 +104,28 @@ class Guards:
     def _check_symbol(self, node: fx.Node, symbol: Any, where: str) -> None:
         first = self._sizes.setdefault(symbol, node)
         if first is not node:
-            self._require(operator.eq, node, first, f"{where} is {first.name}")
+            self._compare(operator.eq, node, first, f"{where} is {first.name}")
         limits = self.program.range_constraints.get(symbol)
         if limits is None:
             return
         if limits.lower > 2:  # torch treats two like any number
-            self._require(operator.ge, node, int(limits.lower), f"{where} ≥ {limits.lower}")
+            self._compare(operator.ge, node, int(limits.lower), f"{where} ≥ {limits.lower}")
         if limits.upper.is_Integer:
-            self._require(operator.le, node, int(limits.upper), f"{where} ≤ {limits.upper}")
+            self._compare(operator.le, node, int(limits.upper), f"{where} ≤ {limits.upper}")
 
-    def _require(self, function: Callable[..., Any], *args: Any) -> None:
-        """Check that a condition holds; the last argument says it in words."""
-        *operands, text = args
-        condition = self._call(function, *operands)
+    def _compare(self, function: Callable[..., Any], node: fx.Node, other: Any, text: str) -> None:
+        self._require(self._call(function, node, other), text)
+
+    def _require(self, condition: Any, text: str) -> None:
+        """Check that a condition holds; the text says it."""
         self._assume(condition, True, f"a condition of the exported program ({text})")
 
-    def _assume(self, node: fx.Node, value: Any, where: str) -> None:
+    def _assume(self, node: Any, value: Any, where: str) -> None:
         self.valued(call_leaf(self.graph, assume, (node, value, where)))
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
+        if function in _ASKING_PYTHON:
+            return self.valued(call_leaf(self.graph, function, args))
         return self.valued(self.graph.call_function(function, args))
 
     # -- conditions in the text of the program ------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torchvision.ops import StochasticDepth
 
 Shape: TypeAlias = Sequence[int]
 Form: TypeAlias = Callable[..., Any]
@@ -124,7 +125,7 @@ def _activation(module: nn.Module, x: FakeTensor) -> FakeTensor:
     return x if getattr(module, "inplace", False) else _new(x, x.shape)
 
 
-@_for_modules(nn.Identity, nn.Dropout, nn.Dropout2d)
+@_for_modules(nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)
 def _unchanged(module: nn.Module, x: FakeTensor) -> FakeTensor:
     return x
 

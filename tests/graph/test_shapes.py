@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import StochasticDepth
 
 from rbpfx.graph.metadata import fake_inputs, fake_mode
 from rbpfx.graph.shapes import call_value, module_value
@@ -81,6 +82,7 @@ MODULES = [
     *(kind(inplace=True) for kind in (nn.ReLU, nn.SiLU, nn.ELU, nn.Hardswish, nn.Hardtanh)),
     nn.Dropout(0.5),
     nn.Dropout2d(0.5),
+    StochasticDepth(0.5, "row"),
     nn.Softmax(-1),
     nn.LogSoftmax(1),
     nn.BatchNorm1d(4),
