@@ -104,10 +104,14 @@ def _flow_estimator(name: str) -> Sample:
 
 
 def _detector(name: str) -> Sample:
-    # Every box counts, however unlikely: random weights find nothing else.
-    threshold = {"box_score_thresh" if "rcnn" in name else "score_thresh": 0.0}
+    # Every box counts, however unlikely: random weights find nothing else. So a few must do.
+    if "rcnn" in name:
+        limits = {"box_score_thresh": 0.0, "box_detections_per_img": 10}
+        limits |= {"rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 50}
+    else:
+        limits = {"score_thresh": 0.0, "detections_per_img": 10, "topk_candidates": 50}
     size = {} if name.startswith("ssd") else {"min_size": 128, "max_size": 160}
-    model = torchvision_model(name, weights_backbone=None, **threshold, **size)
+    model = torchvision_model(name, weights_backbone=None, **limits, **size)
     return Sample(model, ([torch.rand(3, 128, 160), torch.rand(3, 128, 160)],))
 
 

@@ -275,9 +275,7 @@ def _example_inputs(model: nn.Module, loader: Loader, task: Task) -> tuple[Examp
 def _check_capture(model: nn.Module, gm: nn.Module, inputs: ExampleInputs) -> None:
     """The graph must compute what the model computes, the second time too."""
     with evaluating(model, gm), torch.no_grad():
-        error = max(
-            difference(call_with(model, inputs), call_with(gm, inputs)) for _ in range(2)
-        )
+        error = max(difference(call_with(model, inputs), call_with(gm, inputs)) for _ in range(2))
     if not error <= CAPTURE_TOLERANCE:
         raise CaptureError(
             f"the captured graph differs from the model by {error:.1e} of its output: the model's "

@@ -25,6 +25,15 @@ def call_leaf(
     return node
 
 
+def submodule(root: nn.Module, target: str) -> nn.Module:
+    """`root.get_submodule(target)` without its checks, which cost more than the analysis."""
+    for name in target.split("."):
+        module = root._modules[name]
+        assert module is not None
+        root = module
+    return root
+
+
 def modifies_in_place(node: fx.Node, root: nn.Module) -> bool:
     """Whether an operator changes its first argument.
 
@@ -33,7 +42,7 @@ def modifies_in_place(node: fx.Node, root: nn.Module) -> bool:
         root: The module whose submodules `call_module` nodes name.
     """
     if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+        return bool(getattr(submodule(root, str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
     if isinstance(node.target, OpOverload):

@@ -53,7 +53,7 @@ def _copy_module(module: nn.Module, memo: Memo) -> None:
     twin.__setstate__(_copied_values(module.__dict__, memo))
 
 
-def _copy_graph_module(gm: fx.GraphModule, memo: Memo) -> None:
+def _copy_graph_module(gm: Any, memo: Memo) -> None:
     twin = memo[id(gm)] = gm.__new__(type(gm))
     type(twin).__name__ = type(gm).__name__
     state = {name: value for name, value in gm.__dict__.items() if name != "_graph"}

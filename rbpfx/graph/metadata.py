@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from rbpfx.errors import InputError
-from rbpfx.graph.rules.base import submodule
+from rbpfx.graph.calls import submodule
 from rbpfx.graph.shapes import call_value, module_value
 
 

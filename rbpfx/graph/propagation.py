@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from rbpfx.graph.calls import submodule
 from rbpfx.graph.operands import Contraction, Cut, Labels, Operand, ParameterAxis, Read
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.provenance import Atoms, Block, Identities, Label
-from rbpfx.graph.rules.base import find_rule, shape_of, submodule
+from rbpfx.graph.rules.base import find_rule, shape_of
 
 
 @dataclass
@@ -60,12 +61,14 @@ class Propagation:
     cuts: dict[tuple[fx.Node, fx.Node, int], Cut] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        tensors = (
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        )
         first: dict[int, str] = {}
-        self._canonical = {name: first.setdefault(id(t), name) for name, t in tensors}
+        self._canonical = {
+            name: first.setdefault(id(tensor), name)
+            for prefix, module in self.model.named_modules(remove_duplicate=False)
+            for attribute, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+            for name in (f"{prefix}.{attribute}" if prefix else attribute,)
+        }
         self._feature_atoms: dict[tuple[fx.Node, int], Atoms] = {}
         self._owners: list[ParameterAxis] = []
         self._starts: list[int] = []

@@ -95,8 +95,8 @@ def _strides(shape: Shape) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _tensors(module: nn.Module, *names: str) -> list[Tensor | None]:
-    """Parameters or buffers. (Ordinary access to them is slow, and patched during a trace.)"""
+def _tensors(module: nn.Module, *names: str) -> list[Any]:
+    """Parameters or buffers, past `nn.Module.__getattr__`: slow, and patched during a trace."""
     tensors = module._parameters | module._buffers
     return [tensors[name] for name in names]
 
@@ -121,12 +121,12 @@ def _new(x: FakeTensor, shape: Shape) -> FakeTensor:
 
 @_for_modules(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.Mish, nn.Hardtanh)
 @_for_modules(nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardswish, nn.Hardsigmoid)
-def _activation(module: nn.Module, x: FakeTensor) -> FakeTensor:
+def _activation(module: Any, x: FakeTensor) -> FakeTensor:
     return x if getattr(module, "inplace", False) else _new(x, x.shape)
 
 
 @_for_modules(nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)
-def _unchanged(module: nn.Module, x: FakeTensor) -> FakeTensor:
+def _unchanged(module: Any, x: FakeTensor) -> FakeTensor:
     return x
 
 
@@ -146,7 +146,8 @@ def _pointwise(input: Any, *, approximate: str = "none") -> FakeTensor | None:
 @_for_calls(operator.add, operator.sub, operator.mul, operator.truediv)
 @_for_calls(torch.add, torch.sub, torch.mul, torch.div, "add", "sub", "mul", "div")
 def _binary(input: Any, other: Any) -> FakeTensor | None:
-    tensor, partner = (input, other) if isinstance(input, Tensor) else (other, input)
+    pair: tuple[Any, Any] = (input, other) if isinstance(input, Tensor) else (other, input)
+    tensor, partner = pair
     if not _is_plain(tensor):
         return None
     if type(partner) in (int, float):
@@ -178,7 +179,7 @@ def _spreads(small: FakeTensor, large: FakeTensor) -> bool:
 
 
 @_for_modules(nn.Softmax, nn.LogSoftmax)
-def _softmax(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+def _softmax(module: Any, x: FakeTensor) -> FakeTensor | None:
     return _softmax_call(x, module.dim)
 
 
@@ -193,7 +194,7 @@ def _softmax_call(input: Any, dim: Any) -> FakeTensor | None:
 
 
 @_for_modules(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-def _batch_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+def _batch_norm(module: Any, x: FakeTensor) -> FakeTensor | None:
     axes = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}[type(module)]
     tensors = _tensors(module, "running_mean", "running_var", "weight", "bias")
     if x.ndim not in axes or tensors[0] is None:
@@ -202,7 +203,7 @@ def _batch_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
 
 
 @_for_modules(nn.GroupNorm)
-def _group_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+def _group_norm(module: Any, x: FakeTensor) -> FakeTensor | None:
     if x.ndim < 3 or x.shape[1] != module.num_channels or x.shape[1] % module.num_groups:
         return None
     fits = all(_fits(x, t, x.shape[1]) for t in _tensors(module, "weight", "bias"))
@@ -210,7 +211,7 @@ def _group_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
 
 
 @_for_modules(nn.LayerNorm)
-def _layer_norm(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+def _layer_norm(module: Any, x: FakeTensor) -> FakeTensor | None:
     return _layer_norm_call(x, module.normalized_shape, *_tensors(module, "weight", "bias"))
 
 
@@ -226,7 +227,7 @@ def _layer_norm_call(
 
 
 @_for_modules(nn.Linear, NonDynamicallyQuantizableLinear)
-def _linear(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+def _linear(module: Any, x: FakeTensor) -> FakeTensor | None:
     return _linear_call(x, *_tensors(module, "weight", "bias"))
 
 
@@ -240,7 +241,7 @@ def _linear_call(input: Any, weight: Any, bias: Any = None) -> FakeTensor | None
 
 
 @_for_modules(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def _convolution(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+def _convolution(module: Any, x: FakeTensor) -> FakeTensor | None:
     weight, bias = _tensors(module, "weight", "bias")
     groups = module.groups
     channels, width, *kernel = weight.shape
@@ -263,16 +264,16 @@ def _slid(
 
 
 @_for_modules(nn.MaxPool2d)
-def _max_pool(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+def _max_pool(module: Any, x: FakeTensor) -> FakeTensor | None:
     return None if module.return_indices else _pooled(module, x, _pair(module.dilation))
 
 
 @_for_modules(nn.AvgPool2d)
-def _average_pool(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+def _average_pool(module: Any, x: FakeTensor) -> FakeTensor | None:
     return _pooled(module, x, (1, 1))
 
 
-def _pooled(module: nn.Module, x: FakeTensor, dilation: Shape) -> FakeTensor | None:
+def _pooled(module: Any, x: FakeTensor, dilation: Shape) -> FakeTensor | None:
     kernel, stride, padding = map(_pair, (module.kernel_size, module.stride, module.padding))
     too_wide = any(2 * p > k for p, k in zip(padding, kernel, strict=True))
     if x.ndim != 4 or module.ceil_mode or too_wide:
@@ -281,7 +282,7 @@ def _pooled(module: nn.Module, x: FakeTensor, dilation: Shape) -> FakeTensor | N
 
 
 @_for_modules(nn.AdaptiveAvgPool2d)
-def _adaptive_pool(module: nn.Module, x: FakeTensor) -> FakeTensor | None:
+def _adaptive_pool(module: Any, x: FakeTensor) -> FakeTensor | None:
     return _adaptive_pool_call(x, module.output_size)
 
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rbpfx.errors import InputError, PlanError, RuleError
+from rbpfx.graph.calls import submodule
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.provenance import Atoms, Keep, Label
-from rbpfx.graph.rules.base import find_rule, shape_of, submodule
+from rbpfx.graph.rules.base import find_rule, shape_of
 from rbpfx.plan import PruningPlan
 
 if TYPE_CHECKING:

@@ -44,6 +44,11 @@ def length(value: Any) -> int:
     return len(value)
 
 
+def truth(value: Any) -> bool:
+    """`bool`, as a function that graphs can call."""
+    return bool(value)
+
+
 def rounded(value: Any, digits: int | None = None) -> Any:
     """`round`, as a function that graphs can call."""
     return round(value, digits)
@@ -101,8 +106,7 @@ class ValueProxy(GraphProxy):
         if isinstance(value, bool):
             return bool(self.tracer.guard(self, value))
         if isinstance(value, (int, float)):
-            truth = self.tracer.create_proxy("call_function", operator.truth, (self,), {})
-            return bool(self.tracer.guard(truth, bool(value)))
+            return bool(self.tracer.guard(self.tracer.create_leaf(truth, (self,)), bool(value)))
         return len(self) > 0 if hasattr(value, "__len__") else bool(value)
 
     def __index__(self) -> int:

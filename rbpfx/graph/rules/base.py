@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from rbpfx.errors import RuleError
+from rbpfx.graph.calls import submodule
 
 if TYPE_CHECKING:
     from rbpfx.graph.operands import Labels
@@ -138,15 +139,6 @@ def rule_of_function(function: Callable[..., Any]) -> Rule | None:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def submodule(root: nn.Module, target: str) -> nn.Module:
-    """`root.get_submodule(target)` without its checks, which cost more than the analysis."""
-    for name in target.split("."):
-        module = root._modules[name]
-        assert module is not None
-        root = module
-    return root
 
 
 def operator_name(node: fx.Node, gm: fx.GraphModule) -> str:

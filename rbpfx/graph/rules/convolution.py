@@ -157,8 +157,9 @@ def _flat(blocks: tuple[Block, ...]) -> Iterator[tuple[Atoms]]:
 
 def tie_groups(state: Propagation, atoms: Atoms, groups: int) -> None:
     """Make the channels at the same position of every convolution group one unit."""
-    by_group = atoms.reshape(groups, -1)
-    state.identities.tie(by_group[1:], by_group[:1])
+    if groups > 1:
+        by_group = atoms.reshape(groups, -1)
+        state.identities.tie(by_group[1:], by_group[:1])
 
 
 def _channel_dim(value: fx.Node, weight_shape: tuple[int, ...]) -> int:
