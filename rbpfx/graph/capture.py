@@ -267,9 +267,8 @@ def _graph_of(
             raise _Refusal(tracer.failed_in, explained) from error
         if not tracer.depends_on_mode:
             break
-    in_eval, in_train = graphs[0], graphs[-1]
     try:
-        graph = merge_modes(in_train, in_eval, root) if in_train is not in_eval else in_eval
+        graph = merge_modes(graphs[1], graphs[0], root) if len(graphs) > 1 else graphs[0]
     except CaptureError as error:
         raise _Refusal(None, error) from error
     for node in graph.nodes:

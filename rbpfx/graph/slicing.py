@@ -103,17 +103,23 @@ def kept_indices(analysis: Analysis, keep: Keep) -> dict[str, dict[int, Atoms]]:
         PlanError: A parameter keeps no index.
     """
     shrunk: dict[str, dict[int, Atoms]] = {}
+    # The tensors of a normalisation, and of the layer before it, share one array of atoms.
+    found: dict[tuple[int, int], Atoms | None] = {}
     for (name, dim), atoms in analysis.axes.items():
-        stays = keep[atoms]
-        if (name, dim) in analysis.features:
-            stays = stays & keep[analysis.features[name, dim]]
-        if not stays.any():
-            raise PlanError(
-                f"the plan leaves nothing of axis {dim} of {name!r}: none of the features it "
-                "keeps belongs to a channel it keeps. Analysis.close shows what a plan amounts to"
-            )
-        if not stays.all():
-            shrunk.setdefault(name, {})[dim] = np.flatnonzero(stays)
+        features = analysis.features.get((name, dim))
+        key = (id(atoms), id(features))
+        if key not in found:
+            stays = keep[atoms] if features is None else keep[atoms] & keep[features]
+            if not stays.any():
+                raise PlanError(
+                    f"the plan leaves nothing of axis {dim} of {name!r}: none of the features it "
+                    "keeps belongs to a channel it keeps. Analysis.close shows what a plan amounts "
+                    "to"
+                )
+            found[key] = None if stays.all() else np.flatnonzero(stays)
+        indices = found[key]
+        if indices is not None:
+            shrunk.setdefault(name, {})[dim] = indices
     return shrunk
 
 

@@ -38,6 +38,18 @@ class Opaque(nn.Module):
         return self.last(torch.fft.irfft(torch.fft.rfft(self.first(x))))
 
 
+class Detector(nn.Module):
+    """Runs code of its own, which no graph can hold, over a part that one can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.part(x).flatten(1)
+        return scores[scores > float(scores.median())]
+
+
 MODELS = {
     "small": lambda: _zoo.Sample(Small(), (torch.randn(2, 3, 8, 8),)),
     "opaque": lambda: _zoo.Sample(Opaque(), {"x": torch.randn(2, 6)}),
@@ -82,6 +94,17 @@ def test_what_stays_is_named() -> None:
     assert _coverage_report.is_partial(row)
     assert "nothing removed" in _coverage_report.verdict(row)
     assert "rfft" in _coverage_report.explanation(row)
+
+
+def test_a_model_of_parts_is_compared_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = lambda: _zoo.Sample(Detector(), (torch.randn(2, 3, 8, 8),))  # noqa: E731
+    monkeypatch.setitem(MODELS, "detector", build)
+    row = measured("detector")
+    assert "failure" not in row
+    assert row["capture"] == "partial"
+    assert row["captured"] == 1
+    assert _coverage_report.is_exact(row)
+    assert _coverage_report.is_smaller(row)
 
 
 def test_a_failure_is_told_with_its_stage() -> None:
