@@ -39,8 +39,7 @@ from benchmarks._coverage_report import SUITES, page, summary, table, verdict
 from benchmarks._isolate import Report, Row, first_line, isolated
 from benchmarks._record import Record
 from rbpfx import PruningPlan
-from rbpfx.graph.parts import captured_parts
-from rbpfx.graph.verification import difference, in_double
+from rbpfx.graph.verification import difference, in_double, largest_difference
 from rbpfx.testing import randomize
 
 
@@ -204,43 +203,22 @@ class Subject:
         gc.collect()  # the largest models barely fit in double precision
         with_statistics = any(isinstance(m, _BatchNorm) for m in self.masked.modules())
         networks = [in_double(network).eval() for network in (self.masked, self.pruned)]
-        row["error"] = largest_difference(*networks, self.inputs)
+        row["error"] = self.compared(*networks)
         if self.train == "deterministic":
             for network in networks:
                 network.train()
-            row["error_train"] = largest_difference(*networks, self.inputs)
+            row["error_train"] = self.compared(*networks)
         elif with_statistics:
             for network in networks:
                 for module in network.modules():
                     module.training = isinstance(module, _BatchNorm)
-            row["error_train"] = largest_difference(*networks, self.inputs)
+            row["error_train"] = self.compared(*networks)
         return row
 
-
-def largest_difference(masked: nn.Module, pruned: nn.Module, inputs: Any) -> float:
-    """Between the results; where a model runs code of its own over parts, between those of parts.
-
-    A detector sorts and suppresses boxes: a tie that rounding breaks the other way would look
-    like an error. So every part of the pruned one gets what that of the masked one got.
-    """
-    if isinstance(masked, fx.GraphModule):
-        return difference(*(evaluate(network, inputs) for network in (masked, pruned)))
-    calls: list[tuple[str, Any, Any, Any]] = []
-
-    def note(name: str, args: Any, kwargs: Any, result: Any) -> None:
-        calls.append((name, *copy.deepcopy((args, kwargs, result))))
-
-    hooks = [
-        part.register_forward_hook(lambda _, *call, name=name: note(name, *call), with_kwargs=True)
-        for name, part in captured_parts(masked).items()
-    ]
-    evaluate(masked, inputs)
-    evaluate(pruned, inputs)  # the whole must run, too
-    for hook in hooks:
-        hook.remove()
-    parts = captured_parts(pruned)
-    with torch.no_grad():
-        return max(difference(result, parts[n](*args, **kw)) for n, args, kw, result in calls)
+    def compared(self, masked: nn.Module, pruned: nn.Module) -> float:
+        """The largest difference on the model's inputs."""
+        with torch.no_grad():
+            return largest_difference(masked, pruned, lambda n: evaluate(n, self.inputs))
 
 
 def without_dropout(model: nn.Module) -> None:

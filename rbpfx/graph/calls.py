@@ -27,7 +27,7 @@ def call_leaf(
 
 def submodule(root: nn.Module, target: str) -> nn.Module:
     """`root.get_submodule(target)` without its checks, which cost more than the analysis."""
-    for name in target.split("."):
+    for name in target.split(".") if target else ():
         module = root._modules[name]
         assert module is not None
         root = module

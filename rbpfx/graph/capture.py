@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from rbpfx.errors import CaptureError, InputError
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.exported import trace_program
+from rbpfx.graph.garbage import collection_paused
 from rbpfx.graph.lazy import LazyGraphModule
 from rbpfx.graph.metadata import fake_inputs, fake_mode
 from rbpfx.graph.modes import merge_modes
@@ -34,6 +35,7 @@ from rbpfx.graph.tracer import GraphTracer, LeafModule, ValueTracer
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
+@collection_paused()
 def trace(
     model: nn.Module | ExportedProgram,
     example_inputs: ExampleInputs | None = None,

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from torch import fx, nn
 
 from rbpfx.errors import PlanError, RbpfxError
+from rbpfx.graph.garbage import collection_paused
 from rbpfx.graph.operands import Contraction, Labels, ParameterAxis, Read
 from rbpfx.graph.parts import captured_parts, example_batch
 from rbpfx.graph.propagation import Propagation
@@ -291,6 +292,7 @@ class Analysis:
                 yield FrozenAxis(name, len(stay), len(atoms), "; ".join(reasons))
 
 
+@collection_paused()
 def analyze(
     gm: nn.Module,
     *,

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from rbpfx.errors import InputError, PlanError, RuleError
 from rbpfx.graph.calls import submodule
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.garbage import collection_paused
 from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.provenance import Atoms, Keep, Label
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Multipliers = Mapping[str, Tensor]
 
 
+@collection_paused()
 def rewrite(
     gm: nn.Module,
     analysis: Analysis,
@@ -176,7 +178,7 @@ def _folded_factors(
 
 def _tensor(module: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
-    home = submodule(module, owner) if owner else module
+    home = submodule(module, owner)
     tensor: Tensor | None = home._parameters.get(attribute)
     tensor = home._buffers[attribute] if tensor is None else tensor
     assert tensor is not None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from rbpfx.graph.calls import submodule
 from rbpfx.graph.operands import Labels
 from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.provenance import Atoms, Label
@@ -128,8 +129,10 @@ def _constant_pick(node: fx.Node, label: Label, gm: fx.GraphModule) -> tuple[int
 def _constant(index: Any, gm: fx.GraphModule) -> Atoms | None:
     """Positions along one axis that no input of the model changes."""
     if isinstance(index, fx.Node):
-        buffers = dict(gm.named_buffers(remove_duplicate=False))
-        buffer = buffers.get(str(index.target)) if index.op == "get_attr" else None
+        if index.op != "get_attr":
+            return None
+        owner, _, name = str(index.target).rpartition(".")
+        buffer = submodule(gm, owner)._buffers.get(name)
         if buffer is None or buffer.ndim != 1 or buffer.dtype != torch.int64:
             return None
         return np.asarray(buffer.detach().cpu().numpy())
