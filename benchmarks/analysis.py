@@ -3,7 +3,7 @@
 Every torchvision classification model, one 224-pixel image, one thread: `trace`, `analyze` and
 `rewrite` by a plan that halves every group, against Torch-Pruning's dependency graph and its
 pruning of half the channels. Both sides take turns in one process per model; the best of a few
-turns counts. The peer is given random importances, which cost it nothing.
+turns counts, in seconds of CPU time, because machines are shared. The peer is given random importances, which cost it nothing.
 
     python -m benchmarks.analysis [--models 'resnet*' ...]
     python -m benchmarks.analysis --suite synthetic
@@ -101,13 +101,13 @@ def classifier(name: str) -> tuple[nn.Module, Tensor]:
 
 def ours(model: nn.Module, image: Tensor) -> Row:
     """Seconds of the three passes; the model is copied by the first."""
-    start = time.perf_counter()
+    start = time.process_time()
     gm = rbpfx.trace(model, image)
-    traced = time.perf_counter()
+    traced = time.process_time()
     analysis = rbpfx.analyze(gm)
-    analysed = time.perf_counter()
+    analysed = time.process_time()
     pruned = rbpfx.rewrite(gm, analysis, half(analysis))
-    end = time.perf_counter()
+    end = time.process_time()
     return {
         "trace": round(traced - start, 4),
         "analyze": round(analysed - traced, 4),
@@ -124,7 +124,7 @@ def peer(model: nn.Module, image: Tensor) -> Row:
     model = copy.deepcopy(model)  # not counted
     widths = {"out_features", "out_channels"}
     output = [m for m in model.modules() if any(getattr(m, w, None) == 1000 for w in widths)]
-    start = time.perf_counter()
+    start = time.process_time()
     pruner = torch_pruning.pruner.BasePruner(
         model,
         image,
@@ -132,9 +132,9 @@ def peer(model: nn.Module, image: Tensor) -> Row:
         pruning_ratio=0.5,
         ignored_layers=output,
     )
-    built = time.perf_counter()
+    built = time.process_time()
     pruner.step()
-    end = time.perf_counter()
+    end = time.process_time()
     return {
         "build": round(built - start, 4),
         "prune": round(end - built, 4),
@@ -253,18 +253,18 @@ def measure_growth(task: tuple[str, int], report: Report) -> None:
     name, repeats = task
     model, image = synthetic(name), torch.randn(1, 3, 8, 8)
     report({"bytes": sum(p.numel() * p.element_size() for p in model.parameters())})
-    start = time.perf_counter()
+    start = time.process_time()
     gm = rbpfx.trace(model, image)
     assert isinstance(gm, fx.GraphModule)
-    report({"nodes": len(gm.graph.nodes), "trace": round(time.perf_counter() - start, 4)})
+    report({"nodes": len(gm.graph.nodes), "trace": round(time.process_time() - start, 4)})
     seconds: dict[str, list[float]] = {"analyze": [], "rewrite": []}
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         analysis = rbpfx.analyze(gm)
-        analysed = time.perf_counter()
+        analysed = time.process_time()
         rbpfx.rewrite(gm, analysis, half(analysis))
         seconds["analyze"].append(analysed - start)
-        seconds["rewrite"].append(time.perf_counter() - analysed)
+        seconds["rewrite"].append(time.process_time() - analysed)
         report({what: round(min(all_), 4) for what, all_ in seconds.items()})
 
 
