@@ -3,7 +3,8 @@
 Every torchvision classification model, one 224-pixel image, one thread: `trace`, `analyze` and
 `rewrite` by a plan that halves every group, against Torch-Pruning's dependency graph and its
 pruning of half the channels. Both sides take turns in one process per model; the best of a few
-turns counts, in seconds of CPU time, because machines are shared. The peer is given random importances, which cost it nothing.
+turns counts, in seconds of CPU time, because machines are shared. The peer is given random
+importances, which cost it nothing.
 
     python -m benchmarks.analysis [--models 'resnet*' ...]
     python -m benchmarks.analysis --suite synthetic

@@ -109,7 +109,7 @@ def prune(
 
     Raises:
         InputError: Loader, loss and model do not fit together.
-        CaptureError: The model cannot be traced.
+        CaptureError: Nothing of the model can be traced, or the graph differs from it.
         NothingToPruneError: No channel of the model may be removed.
         TargetError: The target cannot be reached.
         DivergenceError: The loss stopped being finite.

@@ -1,9 +1,10 @@
 """Capture: a model becomes a `torch.fx.GraphModule` that is right in train and in eval mode.
 
-The model is traced twice, once per mode. Where the two graphs agree (nearly everywhere) one graph
-serves both; where `self.training` led to another constant or another result, the merged graph
-asks a `TrainingMode` module at run time. Every node then gets the tensor metadata of the example
-inputs in `node.meta["val"]` (fake tensors, nothing is computed).
+A model whose code asks for `self.training` is traced once per mode. Where the two graphs agree
+(nearly everywhere) one graph serves both; where the mode led to another constant, path or result,
+the merged graph asks a `TrainingMode` module at run time. What cannot be traced is kept whole: a
+module, a function, or the model itself, which then runs its own forward over captured parts. Every
+node has the value of the example inputs in `node.meta["val"]` (fake tensors, nothing is computed).
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ def trace(
 ) -> nn.Module:
     """Capture a model as a graph with tensor metadata on every node.
 
+    Python control flow on sizes, numbers and lengths goes the way of the example inputs; a guard
+    in the graph raises `GuardError` for inputs that would go another way. Sizes that nothing
+    branches on stay free. A module whose code depends on the values of tensors stays as it is,
+    around captured parts.
+
     A model that arrives without its Python code, as an exported program (`torch.export.load`), is
     captured as well. Export it in eval mode, with the dimensions that shall stay free (at least
     the batch) as `Dim.AUTO`: the graph refuses inputs whose sizes differ from those that the
@@ -51,22 +57,24 @@ def trace(
     does in one mode only is not in the program.
 
     Args:
-        model: Any traceable module, or an exported program that was not decomposed. It is copied,
-            never modified.
+        model: Any module, or an exported program that was not decomposed. Its modules are copied,
+            its parameters and buffers are shared with the graph, as `torch.fx` does; no other
+            pass changes them.
         example_inputs: What the model is called with: a tensor, a tuple of positional arguments,
             or a mapping of keyword arguments. Only shapes, dtypes and devices matter. An exported
             program has its own.
-        leaf_modules: Module classes or qualified names to keep whole, for modules that cannot be
-            traced. What they touch is not pruned unless a rule is registered for them.
+        leaf_modules: Module classes or qualified names to keep whole. What they touch is not
+            pruned unless a rule is registered for them.
 
     Returns:
-        A `torch.fx.GraphModule` over copies of the parameters, with the submodule names (so the
-        `state_dict` keys) of `model`, equal to it in train and in eval mode. `node.meta["val"]`
-        holds the fake tensor (shape, dtype, device) of every value. Forward arguments for which
-        `example_inputs` has no value are fixed at their default.
+        A `torch.fx.GraphModule` with the submodule names (so the `state_dict` keys) of `model`,
+        equal to it in train and in eval mode. `node.meta["val"]` holds the fake tensor (shape,
+        dtype, device) of every value. Forward arguments for which `example_inputs` has no value
+        are fixed at their default. If the model's own forward cannot be traced (a detector), a
+        module of its class, with `GraphModule`s in the places of submodules.
 
     Raises:
-        CaptureError: The model's Python code cannot be traced; names the line and the remedy.
+        CaptureError: Nothing of the model can be traced; names the line and the remedy.
         InputError: `example_inputs` do not fit the model's forward.
 
     Example:

@@ -2,8 +2,9 @@
 
 To run an operator on fake tensors takes torch 100 microseconds and more, most of it in Python.
 The operators that most networks consist of need no more than a line of arithmetic each. A form
-knows the ordinary case only: plain floating-point tensors of one type that fit each other. For
-everything else it returns None, and torch is asked (and complains, where it should).
+knows the ordinary case only: floating-point tensors of one type that fit each other, with their
+elements in order (*plain*) or with the channels last. For everything else it returns None, and
+torch is asked (and complains, where it should).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float
 def module_value(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a module returns in eval mode for fake tensors; None if torch has to be asked."""
     form = _MODULES.get(type(module))
-    if form is None or kwargs or len(args) != 1 or not _is_plain(args[0]):
+    if form is None or kwargs or len(args) != 1 or _format(args[0]) is None:
         return None
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
@@ -49,7 +50,7 @@ def call_value(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _for_modules(*kinds: type[nn.Module]) -> Callable[[AnyForm], AnyForm]:
-    """Register the form of modules: a function of the module and its one plain input."""
+    """Register the form of modules: a function of the module and its one input."""
 
     def register(form: AnyForm) -> AnyForm:
         _MODULES.update(dict.fromkeys(kinds, form))
@@ -71,18 +72,26 @@ def _for_calls(*targets: Hashable) -> Callable[[AnyForm], AnyForm]:
 # -- tensors ------------------------------------------------------------------------------
 
 
+def _format(value: Any) -> torch.memory_format | None:
+    """How the elements of a floating-point fake tensor lie, if in order or with channels last."""
+    if type(value) is not FakeTensor or value.dtype not in _FLOATING:
+        return None
+    if value.layout is not torch.strided or value.constant is not None:
+        return None
+    if torch.is_autocast_enabled(value.fake_device.type):
+        return None
+    # Several strides fit an axis of size one. That of the batch makes no difference.
+    if value.is_contiguous() and value.stride()[1:] == _strides(value.shape)[1:]:
+        return torch.contiguous_format
+    if value.ndim == 4 and min(value.shape[1:]) > 1:
+        last = torch.channels_last
+        return last if value.is_contiguous(memory_format=last) else None
+    return None
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a value is a floating-point fake tensor with its elements in order."""
-    return (
-        type(value) is FakeTensor
-        and value.dtype in _FLOATING
-        and value.layout is torch.strided
-        and value.is_contiguous()
-        # Nor does it look like channels_last. (The stride of a batch of one may be anything.)
-        and value.stride()[1:] == _strides(value.shape)[1:]
-        and value.constant is None
-        and not torch.is_autocast_enabled(value.fake_device.type)
-    )
+    return _format(value) is torch.contiguous_format
 
 
 def _strides(shape: Shape) -> tuple[int, ...]:
@@ -111,9 +120,18 @@ def _fits(x: FakeTensor, tensor: Tensor | None, *shape: int) -> bool:
     return tensor is None or (tensor.shape == shape and _goes_with(x, tensor))
 
 
-def _new(x: FakeTensor, shape: Shape) -> FakeTensor:
-    """A new plain tensor of the type and device of `x`."""
-    return FakeTensor(x.fake_mode, _empty(shape, dtype=x.dtype, device="meta"), x.fake_device)
+def _new(
+    x: FakeTensor, shape: Shape, memory_format: torch.memory_format = torch.contiguous_format
+) -> FakeTensor:
+    """A new tensor of the type and device of `x`."""
+    elements = _empty(shape, dtype=x.dtype, device="meta", memory_format=memory_format)
+    return FakeTensor(x.fake_mode, elements, x.fake_device)
+
+
+def _like(x: Any) -> FakeTensor | None:
+    """A new tensor like `x`, if `x` has a format."""
+    memory_format = _format(x)
+    return None if memory_format is None else _new(x, x.shape, memory_format)
 
 
 # -- element by element -------------------------------------------------------------------
@@ -121,8 +139,8 @@ def _new(x: FakeTensor, shape: Shape) -> FakeTensor:
 
 @_for_modules(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.Mish, nn.Hardtanh)
 @_for_modules(nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardswish, nn.Hardsigmoid)
-def _activation(module: Any, x: FakeTensor) -> FakeTensor:
-    return x if getattr(module, "inplace", False) else _new(x, x.shape)
+def _activation(module: Any, x: FakeTensor) -> FakeTensor | None:
+    return x if getattr(module, "inplace", False) else _like(x)
 
 
 @_for_modules(nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)
@@ -132,15 +150,14 @@ def _unchanged(module: Any, x: FakeTensor) -> FakeTensor:
 
 @_for_calls(F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid)
 def _activation_call(input: Any, inplace: bool = False) -> FakeTensor | None:
-    if not _is_plain(input):
-        return None
-    return input if inplace else _new(input, input.shape)
+    like = _like(input)
+    return input if inplace and like is not None else like
 
 
 @_for_calls(F.gelu, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh, torch.exp)
 @_for_calls("relu", "sigmoid", "tanh", "exp", "sqrt", "abs", operator.neg, torch.sqrt, torch.abs)
 def _pointwise(input: Any, *, approximate: str = "none") -> FakeTensor | None:
-    return _new(input, input.shape) if _is_plain(input) else None
+    return _like(input)
 
 
 @_for_calls(operator.add, operator.sub, operator.mul, operator.truediv)
@@ -148,24 +165,25 @@ def _pointwise(input: Any, *, approximate: str = "none") -> FakeTensor | None:
 def _binary(input: Any, other: Any) -> FakeTensor | None:
     pair: tuple[Any, Any] = (input, other) if isinstance(input, Tensor) else (other, input)
     tensor, partner = pair
-    if not _is_plain(tensor):
-        return None
     if type(partner) in (int, float):
-        return _new(tensor, tensor.shape)
-    if not _is_plain(partner) or not _goes_with(tensor, partner):
+        return _like(tensor)
+    formats = (_format(tensor), _format(partner))
+    if None in formats or not _goes_with(tensor, partner):
         return None
-    if _spreads(partner, tensor):
-        return _new(tensor, tensor.shape)
-    return _new(tensor, partner.shape) if _spreads(tensor, partner) else None
+    small, large = (tensor, partner) if tensor.numel() <= partner.numel() else (partner, tensor)
+    # Of operands in two formats one decides, unless the other has no order: at most one axis.
+    agree = formats[0] is formats[1] or sum(size > 1 for size in small.shape) <= 1
+    return _like(large) if agree and _spreads(small, large) else None
 
 
 @_for_calls(operator.iadd, operator.isub, operator.imul, operator.itruediv)
 @_for_calls("add_", "sub_", "mul_", "div_")
 def _in_place(input: Any, other: Any) -> FakeTensor | None:
-    fits = _is_plain(input) and (
-        type(other) in (int, float)
-        or (_is_plain(other) and _goes_with(input, other) and _spreads(other, input))
-    )
+    if _format(input) is None:
+        return None
+    if type(other) in (int, float):
+        return input  # type: ignore[no-any-return]
+    fits = _format(other) is not None and _goes_with(input, other) and _spreads(other, input)
     return input if fits else None
 
 
@@ -199,12 +217,12 @@ def _batch_norm(module: Any, x: FakeTensor) -> FakeTensor | None:
     tensors = _tensors(module, "running_mean", "running_var", "weight", "bias")
     if x.ndim not in axes or tensors[0] is None:
         return None
-    return _new(x, x.shape) if all(_fits(x, t, x.shape[1]) for t in tensors) else None
+    return _like(x) if all(_fits(x, t, x.shape[1]) for t in tensors) else None
 
 
 @_for_modules(nn.GroupNorm)
 def _group_norm(module: Any, x: FakeTensor) -> FakeTensor | None:
-    if x.ndim < 3 or x.shape[1] != module.num_channels or x.shape[1] % module.num_groups:
+    if x.ndim < 3 or x.shape[1] != module.num_channels or not _is_plain(x):
         return None
     fits = all(_fits(x, t, x.shape[1]) for t in _tensors(module, "weight", "bias"))
     return _new(x, x.shape) if fits else None
@@ -260,7 +278,10 @@ def _slid(
     """The result of a window that slides over the axes of space."""
     settings = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in settings]
-    return _new(x, (x.shape[0], channels, *sizes)) if min(sizes) > 0 else None
+    memory_format = _format(x)
+    if memory_format is None or min(sizes) <= 0:
+        return None
+    return _new(x, (x.shape[0], channels, *sizes), memory_format)
 
 
 @_for_modules(nn.MaxPool2d)
