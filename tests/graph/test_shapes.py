@@ -127,6 +127,15 @@ def test_modules(module: nn.Module) -> None:
     assert any(known) == any(module is m for m in MODULES)
 
 
+def test_channels_may_come_last() -> None:
+    x = torch.zeros(2, 4, 8, 6).contiguous(memory_format=torch.channels_last)
+    for module in (nn.Conv2d(4, 6, 3), nn.BatchNorm2d(4).eval(), nn.MaxPool2d(2), nn.GELU()):
+        assert is_known(module, lambda *a, module=module: module_value(module, *a), x)
+    for other in (x, torch.zeros(4, 1, 1), 2):
+        assert holds(operator.mul, x, other)
+        assert holds(operator.iadd, x, other)
+
+
 def test_modules_in_train_mode_are_taken_as_in_eval_mode() -> None:
     drop = nn.Dropout(0.5)
     x = fake_inputs(fake_mode(), torch.zeros(3))
