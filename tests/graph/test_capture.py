@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,6 +94,58 @@ def test_both_modes_in_one_graph() -> None:
 def test_a_model_that_ignores_the_mode_needs_no_flag() -> None:
     gm = trace(Plain(), torch.zeros(2, 4))
     assert not any(isinstance(m, TrainingMode) for m in gm.modules())
+
+
+class Counted(nn.Module):
+    """Counts its traces, and looks at the mode in some way."""
+
+    runs = 0
+
+    def __init__(self, look: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.runs += 1
+        return self.drop(self.linear(x)) * (2 if self.look(self) else 1)
+
+
+LOOKS = {
+    "not at all": lambda model: True,
+    "own flag": lambda model: model.training,
+    "by name": lambda model: getattr(model, "training"),  # noqa: B009
+    "a layer's flag": lambda model: model.drop.training,
+    "any flag": lambda model: any(m.training for m in model.modules()),
+}
+
+
+@pytest.mark.parametrize("how", LOOKS)
+def test_a_model_is_traced_again_only_if_it_asks_for_the_mode(how: str) -> None:
+    model, x = Counted(LOOKS[how]), torch.randn(2, 4)
+    Counted.runs = 0
+    gm = trace(model, x)
+    assert Counted.runs == (1 if how == "not at all" else 2)
+    assert "training" not in vars(nn.Module)
+    for mode in (True, False):
+        same(model.train(mode), gm.train(mode), x)
+
+
+def test_a_mode_that_is_more_than_a_flag() -> None:
+    class Switching(Plain):
+        factor = 3.0
+
+        def train(self, mode: bool = True) -> nn.Module:
+            self.factor = 3.0 if mode else 1.0
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * self.factor
+
+    model, x = Switching(), torch.randn(2, 4)
+    gm = trace(model, x)
+    for mode in (True, False):
+        same(model.train(mode), gm.train(mode), x)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -7,7 +7,8 @@ import importlib.util
 import pytest
 
 from benchmarks import _zoo
-from benchmarks.coverage import Subject, is_exact, is_faithful, is_smaller
+from benchmarks._coverage_report import is_exact, is_faithful, is_smaller
+from benchmarks.coverage import Subject
 
 QUICK = {
     "timm": [
