@@ -1,4 +1,4 @@
-"""Dense networks to prune: training with SGD, accuracy, and a cache of trained LeNets."""
+"""Dense networks to prune: training with SGD, accuracy, and a cache of what was trained."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
-from benchmarks._data import ImageData, TensorLoader, cache_dir
-from benchmarks._models import LeNet5Caffe, LeNet300100, LeNet500300
+from benchmarks._data import ImageData, TensorLoader, cache_dir, random_crop_flip
+from benchmarks._models import (
+    VGG16BN,
+    LeNet5Caffe,
+    LeNet300100,
+    LeNet500300,
+    resnet20,
+    resnet56,
+)
 
 EVALUATION_BATCH = 1000
 
@@ -63,13 +70,14 @@ def train_dense(
     schedule = OneCycleLR(
         optimizer, lr, epochs * len(loader), pct_start=warm_up, cycle_momentum=False
     )
+    device = next(model.parameters()).device
     seconds = 0.0
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         model.train()
         for images, labels in loader:
             optimizer.zero_grad()
-            loss = loss_fn(model(images), labels)
+            loss = loss_fn(model(images.to(device)), labels.to(device))
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -93,11 +101,12 @@ def accuracy(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float
         model: Maps images to scores `(N, classes)`.
         loader: Batches of images and labels.
     """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training = model.training
     model.eval()
     correct = count = 0
     for images, labels in loader:
-        correct += int((model(images).argmax(1) == labels).sum())
+        correct += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
         count += len(labels)
     model.train(was_training)
     return correct / count
@@ -108,9 +117,28 @@ def evaluation_loader(data: ImageData) -> TensorLoader:
     return TensorLoader(data.test_images, data.test_labels, EVALUATION_BATCH)
 
 
+def training_loader(data: ImageData, images: int, seed: int, batch_size: int = 128) -> TensorLoader:
+    """The first training images in an order of the seed's own; those of CIFAR-10 are augmented.
+
+    Args:
+        data: MNIST, which is given as it is, or CIFAR-10, which is shifted and mirrored.
+        images: How many of the images; 0 for all.
+        seed: Of the order and the augmentation.
+        batch_size: The number of examples in a batch.
+    """
+    return TensorLoader(
+        data.train_images[: images or None],
+        data.train_labels[: images or None],
+        batch_size,
+        shuffle=True,
+        augment=random_crop_flip if data.train_images.shape[1] == 3 else None,
+        generator=Generator().manual_seed(seed),
+    )
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a dense LeNet is trained. Without augmentation, for figures to compare."""
+    """How a dense network is trained."""
 
     epochs: int
     lr: float
@@ -125,6 +153,9 @@ LENETS: dict[str, tuple[type[nn.Module], Recipe]] = {
 }
 
 
+VGG16_RECIPE = Recipe(100, 0.1, 5e-4)
+
+
 def dense_lenet(
     name: str,
     seed: int,
@@ -134,6 +165,8 @@ def dense_lenet(
     recipe: Recipe | None = None,
 ) -> nn.Module:
     """A trained dense LeNet in evaluation mode: from the cache if it is there, else trained.
+
+    Without augmentation, for figures to compare.
 
     Args:
         name: A key of `LENETS`.
@@ -146,32 +179,93 @@ def dense_lenet(
     if name not in LENETS:
         raise ValueError(f"no LeNet is named {name!r}; there are {', '.join(LENETS)}")
     network, own_recipe = LENETS[name]
-    recipe = recipe or own_recipe
+    path = Path(cache or cache_dir()) / f"{name}-seed{seed}.safetensors"
+    return _trained_once(network, seed, data, path, recipe or own_recipe, "cpu")
+
+
+def dense_vgg16_bn(
+    seed: int,
+    data: ImageData,
+    cache: str | Path | None = None,
+    *,
+    recipe: Recipe = VGG16_RECIPE,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A trained dense VGG-16 on the CPU, in evaluation mode: from the cache, or trained.
+
+    On all training images, shifted and mirrored: days of a CPU core, so train it where a GPU
+    is at hand.
+
+    Args:
+        seed: Of the weights at the start and of the order of the examples.
+        data: CIFAR-10.
+        cache: The folder of the cache; the user's by default.
+        recipe: How to train it. Weights in the cache that were trained by another recipe or on
+            other data are not used.
+        device: Where to train it.
+    """
+    name = f"vgg16_bn-{data.name}-seed{seed}.safetensors".replace(" ", "")
+    return _trained_once(VGG16BN, seed, data, Path(cache or cache_dir()) / name, recipe, device)
+
+
+def _trained_once(
+    network: type[nn.Module],
+    seed: int,
+    data: ImageData,
+    path: Path,
+    recipe: Recipe,
+    device: torch.device | str,
+) -> nn.Module:
+    """From the file, if its weights were trained in the same way on the same data; else trained."""
     provenance = {
         "recipe": json.dumps(asdict(recipe)),
         "data": f"{data.name} {zlib.crc32(data.train_labels.numpy().tobytes()):08x}",
     }
-    path = Path(cache or cache_dir()) / f"{name}-seed{seed}.safetensors"
-
     torch.manual_seed(seed)
     model = network()
     if path.exists() and provenance.items() <= _metadata(path).items():
         model.load_state_dict(load_file(path))
         return model.eval()
 
-    order = Generator().manual_seed(seed)
-    loader = TensorLoader(
-        data.train_images, data.train_labels, recipe.batch_size, shuffle=True, generator=order
-    )
+    loader = training_loader(data, 0, seed, recipe.batch_size)
+    model.to(device)
     seconds = train_dense(model, loader, recipe.epochs, recipe.lr, weight_decay=recipe.weight_decay)
     measured = {
         "test_error": f"{1 - accuracy(model, evaluation_loader(data)):.4f}",
         "seconds_per_epoch": f"{seconds:.1f}",
     }
+    model.cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}.part")
     save_file(model.state_dict(), aside, provenance | measured)
     aside.replace(path)
+    return model.eval()
+
+
+RESNETS: dict[str, Callable[..., nn.Module]] = {"resnet20": resnet20, "resnet56": resnet56}
+ADAPTATION_EPOCHS, ADAPTATION_LR = 4, 0.02
+
+
+def adapted_resnet(
+    name: str, data: ImageData, weights_dir: str | Path | None, images: int
+) -> nn.Module:
+    """The published weights, adapted to the images at hand by a few epochs; cached.
+
+    Args:
+        name: A key of `RESNETS`.
+        data: Images that the weights were not trained on: CIFAR-10's, JPEG-compressed.
+        weights_dir: The folder that holds the published weights.
+        images: How many of the training images to use.
+    """
+    path = cache_dir() / f"{name}-{data.name}-{images}.pt".replace(" ", "")
+    model = RESNETS[name](weights_dir)
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        torch.manual_seed(0)
+        train_dense(model, training_loader(data, images, 0), ADAPTATION_EPOCHS, ADAPTATION_LR)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
     return model.eval()
 
 

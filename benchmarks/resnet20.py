@@ -18,24 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, nn
+from torch import nn
 
 from benchmarks._baseline import prune_by_magnitude
-from benchmarks._data import (
-    ImageData,
-    TensorLoader,
-    add_data_argument,
-    cache_dir,
-    cifar10,
-    random_crop_flip,
-)
-from benchmarks._models import resnet20
+from benchmarks._data import ImageData, add_data_argument, cifar10
 from benchmarks._record import Deadline, Record
-from benchmarks._train import accuracy, evaluation_loader, train_dense
+from benchmarks._train import accuracy, adapted_resnet, evaluation_loader, training_loader
 from rbpfx import FineTune, Recursion, Target, prune
 
 RESULTS = Path(__file__).parent / "results" / "resnet20.json"
-ADAPTATION_EPOCHS, ADAPTATION_LR = 4, 0.02
 
 
 def main() -> None:
@@ -51,7 +42,8 @@ def main() -> None:
     options = parser.parse_args()
     record, deadline = Record(RESULTS), Deadline(options.seconds)
     data = cifar10(options.data_dir)
-    dense = adapted(data, options.data_dir, options.images)
+    dense = adapted_resnet("resnet20", data, options.data_dir, options.images)
+    dense.to(memory_format=torch.channels_last)
     for seed in range(options.seeds):
         for share in options.macs:
             for method in ("rbp", "magnitude"):
@@ -119,32 +111,6 @@ def run(
         "widths": report.widths,
         "plan": pruned.plan.to_dict(),
     }
-
-
-def adapted(data: ImageData, data_dir: str | None, images: int) -> nn.Module:
-    """The trained weights, adapted to the images at hand by a few epochs; cached."""
-    path = Path(cache_dir()) / f"resnet20-{data.name}-{images}.pt".replace(" ", "")
-    model = resnet20(data_dir)
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        torch.manual_seed(0)
-        train_dense(model, training_loader(data, images, 0), ADAPTATION_EPOCHS, ADAPTATION_LR)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
-    return model.to(memory_format=torch.channels_last).eval()
-
-
-def training_loader(data: ImageData, images: int, seed: int) -> TensorLoader:
-    """The first training images, shifted and mirrored, in an order of the seed's own."""
-    return TensorLoader(
-        data.train_images[:images],
-        data.train_labels[:images],
-        128,
-        shuffle=True,
-        augment=random_crop_flip,
-        generator=Generator().manual_seed(seed),
-    )
 
 
 if __name__ == "__main__":

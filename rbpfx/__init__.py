@@ -19,10 +19,29 @@ from rbpfx.graph.rules.base import Rule, register_rule
 from rbpfx.graph.slicing import rewrite
 from rbpfx.graph.verification import verify
 from rbpfx.latency import Latency, measure_latency
-from rbpfx.methods import RBP, Method, NoiseGate, insert_noise, noise_gates
+from rbpfx.methods import (
+    BMRSN,
+    BMRSU,
+    METHODS,
+    RBP,
+    SBP,
+    AutoBalanced,
+    BatchNormScale,
+    Gate,
+    MacKay,
+    Magnitude,
+    Method,
+    NoiseGate,
+    Random,
+    Taylor,
+    insert_noise,
+    noise_gates,
+)
 from rbpfx.plan import PruningPlan
-from rbpfx.prune import PruningResult, prune
+from rbpfx.prune import prune
 from rbpfx.report import Figures, Report
+from rbpfx.result import Front, PruningResult
+from rbpfx.selection import Reached, Selection
 from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune
 from rbpfx.training.recursion import Progress
@@ -31,16 +50,26 @@ from rbpfx.training.schedule import Recursion
 __version__ = "0.1.0"
 
 __all__ = [
+    "BMRSN",
+    "BMRSU",
+    "METHODS",
     "RBP",
+    "SBP",
     "Analysis",
+    "AutoBalanced",
+    "BatchNormScale",
     "CaptureError",
     "ChannelGroup",
     "DivergenceError",
     "Figures",
     "FineTune",
+    "Front",
     "FrozenAxis",
+    "Gate",
     "InputError",
     "Latency",
+    "MacKay",
+    "Magnitude",
     "Method",
     "NoiseGate",
     "NothingToPruneError",
@@ -48,13 +77,17 @@ __all__ = [
     "Progress",
     "PruningPlan",
     "PruningResult",
+    "Random",
     "RbpfxError",
+    "Reached",
     "Recursion",
     "Report",
     "Rule",
     "RuleError",
+    "Selection",
     "Target",
     "TargetError",
+    "Taylor",
     "VerificationError",
     "__version__",
     "analyze",

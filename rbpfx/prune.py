@@ -4,56 +4,33 @@ from __future__ import annotations
 
 import copy
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from math import isfinite
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError
+from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError, TargetError
 from rbpfx.graph.capture import ExampleInputs, LeafModule, call_with, evaluating, trace
-from rbpfx.graph.cost import count_macs, count_parameters
-from rbpfx.graph.gates import apply_mask
 from rbpfx.graph.groups import Analysis, analyze
-from rbpfx.graph.slicing import rewrite
-from rbpfx.graph.verification import difference, require_equal
-from rbpfx.latency import first_examples, measure_latency
+from rbpfx.graph.verification import difference
+from rbpfx.latency import first_examples
 from rbpfx.methods import Method, find_method, insert_noise
-from rbpfx.plan import PruningPlan
 from rbpfx.progress import Bar
-from rbpfx.report import Figures, Report
+from rbpfx.result import Emission, PlanMeter, PruningResult
+from rbpfx.selection import Selection
 from rbpfx.target import Target
-from rbpfx.training.budget import require_reachable
-from rbpfx.training.finetune import FineTune, finetune
-from rbpfx.training.loop import refresh_batchnorm
+from rbpfx.training.finetune import FineTune
 from rbpfx.training.recursion import RecursiveTraining
 from rbpfx.training.schedule import Recursion
 from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task, batch_size
 
 CAPTURE_TOLERANCE = 1e-4
-VERIFIED_EXAMPLES = 2
 
 Metric = Callable[[nn.Module, Loader], float]
-
-
-@dataclass(frozen=True)
-class PruningResult:
-    """What `prune` returns.
-
-    Attributes:
-        model: The smaller network, a `torch.fx.GraphModule` with the submodule names of the
-            original, in the mode and on the device it was in. If the forward of the original
-            cannot be traced, a module of its class with `GraphModule`s in it.
-        plan: Which units of every group stay.
-        report: Figures before and after; `str(report)` is a table.
-    """
-
-    model: nn.Module
-    plan: PruningPlan
-    report: Report
 
 
 def prune(
@@ -83,8 +60,8 @@ def prune(
         model: A trained network. It is left untouched.
         loader: Training batches: (input, target) pairs, or anything that `forward` understands.
             Anything that can be gone through repeatedly, for example a `DataLoader`.
-        method: A method's name, or a method.
-        target: What the result may cost; None lets the method decide.
+        method: A method's name (`rbpfx.METHODS`), or a method.
+        target: What the result may cost, and bounds on its widths; None lets the method decide.
         loss_fn: Called as `loss_fn(output, target)`; cross-entropy by default.
         forward: Called as `forward(model, batch)`, returns the loss; replaces `loss_fn`.
         val_loader: Batches on which accuracy is reported (nothing is decided on them).
@@ -96,7 +73,9 @@ def prune(
             "freeze" keeps them; "exact" lets them go and counts them as zeros; "sliced" lets them
             go and normalises the rest, which changes the function: the report then says by how
             much instead of proving that nothing changed.
-        recursion: How the noise is trained.
+        recursion: How the gates are trained; by default as the method wants it. A reference
+            ranking cuts at once by default; with a recursion, group after group is cut while the
+            weights train on.
         recovery: How the result is fine-tuned.
         distill: Learn half from the outputs of the dense network (classifiers only).
         leaf_modules: Module classes or names that are not traced into.
@@ -121,14 +100,23 @@ def prune(
     """
     started = time.perf_counter()
     method = find_method(method)
-    recursion, recovery = recursion or Recursion(), recovery or FineTune()
+    if target is None and not method.decides:
+        raise TargetError(
+            f"method={method.name!r} ranks units but does not say how many go; give a target, for "
+            "example target=rbpfx.Target(macs=0.5)"
+        )
+    recovery = recovery or FineTune()
     device = torch.device(device) if device is not None else _device_of(model)
     task = Task(loss_fn, forward, device)
     if distill and forward is not None:
         raise InputError("distill=True needs class scores; it does not go with forward=...")
     _require_repeatable(loader, val_loader)
     evaluate = _evaluation(task, metric, val_loader)
-    with _seeded(seed, device):
+
+    def seeded() -> AbstractContextManager[None]:
+        return _seeded(seed, device)
+
+    with seeded():
         dense = _copied(model).to(device)
         inputs, batch = _example_inputs(dense, loader, task)
         # A copy: the graph takes the trained weights, while `dense` stays the baseline.
@@ -136,63 +124,50 @@ def prune(
         _check_capture(dense, gm, inputs)
         analysis = analyze(gm, unit=unit, attention=attention, normalization=normalization)
         _require_groups(analysis)
-        budget = None if target is None else target.macs_share(count_macs(gm))
-        if budget is not None:
-            require_reachable(analysis, budget)
+
+        def meter(target: Target | None) -> PlanMeter | None:
+            if target is None or target.cost != "latency":
+                return None
+            return PlanMeter(gm, analysis, first_examples(inputs, target.batch_size or batch))
+
+        selection = Selection(analysis, target, meter(target))
         accuracy = evaluate(dense)
 
-        noisy = insert_noise(gm, analysis, method)
+        noisy = insert_noise(gm, analysis, method, groups=[g.name for g in selection.groups])
         teacher = dense.eval() if distill else None
-        training = RecursiveTraining(noisy, analysis, task, recursion, budget, teacher)
-        with Bar("noise", progress, lambda: evaluate(noisy)) as bar:
-            training.run(loader, bar.noise)
+        settings = recursion or method.recursion()
+        training = RecursiveTraining(noisy, selection, method, task, settings, teacher)
+        if method.trains or recursion is not None:
+            with Bar("noise", progress, lambda: evaluate(noisy)) as bar:
+                training.run(loader, bar.noise if progress else None)
+        else:
+            training.decide(loader)
         _take_weights(gm, noisy)
-        folded = rewrite(gm, analysis, PruningPlan(), multipliers=training.multipliers)
-
-        plan = training.plan()
-        pruned = rewrite(folded, analysis, plan)
-        masked = apply_mask(folded, analysis, plan)
-        examples = first_examples(inputs, VERIFIED_EXAMPLES)
-        error = require_equal(masked, pruned, examples, inexact=analysis.inexact(plan))
-
-        refresh_batchnorm(pruned, loader, task)
-        after_cut = evaluate(pruned)
-        with Bar("fine-tuning", progress, lambda: evaluate(pruned)) as bar:
-            finetune(pruned, loader, task, recovery, teacher, bar.steps)
-
-        latency = {
-            size: measure_latency([dense, pruned], first_examples(inputs, size))
-            for size in sorted({1, batch})
-        }
-        figures = [
-            Figures(
-                parameters=count_parameters(network),
-                macs=count_macs(graph),
-                latency={size: measured[place].median for size, measured in latency.items()},
-                accuracy=known,
-            )
-            for place, (network, graph, known) in enumerate(
-                [(dense, gm, accuracy), (pruned, pruned, evaluate(pruned))]
-            )
-        ]
-    report = Report(
-        method=method.name,
-        dense=figures[0],
-        pruned=figures[1],
-        widths={
-            g.name: (g.size, len(plan.kept.get(g.name, range(g.size)))) for g in analysis.groups
-        },
-        verification_error=error,
-        target=budget,
-        frozen={axis.name: axis.reason for axis in analysis.frozen},
-        accuracy_after_cut=after_cut,
-        device=_describe(device),
-        seconds=time.perf_counter() - started,
+    emission = Emission(
+        original=dense,
+        gm=gm,
+        analysis=analysis,
+        method=method,
+        target=target,
+        scores=training.scores,
+        needed=training.needed,
+        multipliers=training.multipliers,
         history=training.history,
-        inexact=analysis.inexact(plan),
+        task=task,
+        loader=loader,
+        inputs=inputs,
+        batch=batch,
+        evaluate=evaluate,
+        accuracy=accuracy,
+        recovery=recovery,
+        distill=distill,
+        meter=meter,
+        progress=progress,
         metric="accuracy" if metric is None else getattr(metric, "__name__", "metric"),
+        device=_describe(device),
+        seeded=seeded,
     )
-    return PruningResult(pruned, plan, report)
+    return emission.emit(selection, started=started, source=weakref.ref(model))
 
 
 @contextmanager

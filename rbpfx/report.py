@@ -9,6 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from rbpfx.selection import Reached
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -38,8 +40,9 @@ class Report:
         widths: Group name -> (units before, units after).
         verification_error: Largest relative difference between the sliced and the masked
             network, float64.
-        target: Share of the MACs that was asked for, or None.
+        target: What was asked for and what was reached, or None.
         frozen: Producers whose channels stay -> the reason.
+        excluded: Groups that the target leaves whole.
         accuracy_after_cut: Accuracy of the emitted network before fine-tuning, if known.
         device: Where latency was measured, with the number of CPU threads.
         seconds: Wall time of the whole call.
@@ -53,7 +56,7 @@ class Report:
     pruned: Figures
     widths: dict[str, tuple[int, int]]
     verification_error: float
-    target: float | None
+    target: Reached | None
     frozen: dict[str, str]
     accuracy_after_cut: float | None
     device: str
@@ -61,6 +64,7 @@ class Report:
     history: list[dict[str, Any]] = field(default_factory=list)
     metric: str = "accuracy"
     inexact: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types; numbers that JSON lacks, like infinity, are None."""
@@ -112,8 +116,9 @@ class Report:
             self._verification(),
         ]
         if self.target is not None:
-            reached = self.pruned.macs / self.dense.macs
-            lines.append(f"target: {self.target:.1%} of the MACs, reached {reached:.1%}")
+            lines.append(str(self.target))
+        if self.excluded:
+            lines.append(f"excluded by the target: {', '.join(self.excluded)}")
         if self.frozen:
             lines.append(f"kept whole: {', '.join(f'{n} ({r})' for n, r in self.frozen.items())}")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Noise methods: which distribution a group's multipliers have and when a unit is redundant."""
+"""Methods: what is learnt of a group's units, and which of them are redundant."""
 
 from __future__ import annotations
 
@@ -10,10 +10,29 @@ from torch import nn
 from rbpfx.errors import RbpfxError
 from rbpfx.graph.gates import insert_gates
 from rbpfx.graph.groups import Analysis
-from rbpfx.methods.base import Method, NoiseGate, Phase
+from rbpfx.methods.auto_balanced import AutoBalanced
+from rbpfx.methods.base import Gate, Method, NoiseGate, Phase
+from rbpfx.methods.bmrs import BMRSN, BMRSU
+from rbpfx.methods.mackay import MacKay
+from rbpfx.methods.rankings import BatchNormScale, Magnitude, Random, Taylor
 from rbpfx.methods.rbp import RBP
+from rbpfx.methods.sbp import SBP
 
-METHODS: dict[str, type[Method]] = {"rbp": RBP}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        RBP,
+        SBP,
+        BMRSN,
+        BMRSU,
+        MacKay,
+        AutoBalanced,
+        Magnitude,
+        BatchNormScale,
+        Taylor,
+        Random,
+    )
+}
 
 
 def find_method(method: str | Method) -> Method:
@@ -57,20 +76,31 @@ def insert_noise(
     for name, gate in gates.items():
         gate.to(reference)
         gate.group = name
+        gate.bind(noisy, analysis)
     return noisy
 
 
-def noise_gates(noisy: nn.Module) -> list[NoiseGate]:
-    """The noise gates of a graph, in the order of the groups."""
-    return [module for module in noisy.modules() if isinstance(module, NoiseGate)]
+def noise_gates(noisy: nn.Module) -> list[Gate]:
+    """The gates of a graph, those of methods without noise too, in the order of the groups."""
+    return [module for module in noisy.modules() if isinstance(module, Gate)]
 
 
 __all__ = [
+    "BMRSN",
+    "BMRSU",
     "METHODS",
     "RBP",
+    "SBP",
+    "AutoBalanced",
+    "BatchNormScale",
+    "Gate",
+    "MacKay",
+    "Magnitude",
     "Method",
     "NoiseGate",
     "Phase",
+    "Random",
+    "Taylor",
     "find_method",
     "insert_noise",
     "noise_gates",

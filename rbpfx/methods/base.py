@@ -1,32 +1,40 @@
-"""What a noise method is: a gate with a posterior, its KL, and a rule for what is redundant."""
+"""What a method is: a gate for every group, what training adds to the loss, and a rule to decide.
+
+A method of one's own is one subclass of `Gate` (or of `NoiseGate`, if it draws noise) and one of
+`Method` that makes the gates; see docs/writing-a-method.md.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from enum import Enum
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rbpfx.graph.groups import ChannelGroup
+from rbpfx.graph.groups import Analysis, ChannelGroup
+
+if TYPE_CHECKING:
+    from rbpfx.training.schedule import Recursion
 
 
 class Phase(Enum):
     """Where a group is in the recursion."""
 
     WAITING = "waiting"
-    """Not noisy yet: multipliers are 1."""
+    """Not reached yet: multipliers are 1, and nothing is added to the loss."""
     NOISY = "noisy"
-    """Drawn anew for every example in train mode, the mean in eval mode."""
+    """In training. Noise is drawn anew for every example in train mode, the mean in eval mode."""
     HARDENED = "hardened"
     """Constants: 0 for redundant units."""
 
 
-class NoiseGate(nn.Module, ABC):
-    """The noise of one channel group: a distribution over one multiplier per unit.
+class Gate(nn.Module, ABC):
+    """The multipliers of one channel group, and how needed its units are.
 
-    Subclasses hold the parameters of the posterior and say how to draw from it, what its mean
-    and its KL divergence from the prior are, and how needed each unit is.
+    Only `score` has to be written; everything else has a default that adds no noise and nothing
+    to the loss.
 
     Args:
         size: Number of units.
@@ -35,17 +43,29 @@ class NoiseGate(nn.Module, ABC):
     Attributes:
         group: Name of the channel group, set by `insert_noise`.
         phase: Where the group is in the recursion.
+        alive: Which units have not been removed yet, boolean `(size,)`.
+        constants: What the units are multiplied by once hardened, `(size,)`.
     """
 
     constants: Tensor
+    alive: Tensor
 
-    def __init__(self, size: int, foldable: bool) -> None:
+    def __init__(self, size: int, foldable: bool = True) -> None:
         super().__init__()
         self.size = size
         self.foldable = foldable
         self.group = ""
         self.phase = Phase.NOISY
         self.register_buffer("constants", torch.ones(size))
+        self.register_buffer("alive", torch.ones(size, dtype=torch.bool))
+
+    def bind(self, noisy: nn.Module, analysis: Analysis) -> None:
+        """Look at the network that the gate has just become part of; nothing by default.
+
+        Args:
+            noisy: The graph with all gates; its parameters have the names that they had.
+            analysis: The analysis of the graph without gates.
+        """
 
     def forward(self, reference: Tensor | None) -> Tensor:
         """Multipliers for one call.
@@ -56,28 +76,95 @@ class NoiseGate(nn.Module, ABC):
         Returns:
             `(N, size)` while noisy in train mode with a reference, else `(1, size)`.
         """
-        if self.phase is Phase.WAITING:
-            return torch.ones_like(self.constants).unsqueeze(0)
         if self.phase is Phase.HARDENED:
             return self.constants.unsqueeze(0)
-        if not self.training:
-            return self.mean().unsqueeze(0)
-        return self.sample(1 if reference is None else reference.shape[0])
+        if self.phase is Phase.WAITING:
+            multipliers = torch.ones_like(self.constants).unsqueeze(0)
+        elif self.training:
+            multipliers = self.sample(1 if reference is None else reference.shape[0])
+        else:
+            multipliers = self.mean().unsqueeze(0)
+        return multipliers * self.alive
+
+    def remove(self, redundant: Tensor) -> None:
+        """Remove units for good while the others go on.
+
+        Args:
+            redundant: Which units go, boolean `(size,)`.
+        """
+        self.alive &= ~redundant.to(self.alive.device)
 
     def harden(self, keep: Tensor) -> None:
-        """End the noise: 0 for the units to remove, the mean for those to keep.
+        """End the training: 0 for the units to remove, `kept_multiplier` for those to keep.
 
         Args:
             keep: Which units stay, boolean `(size,)`.
         """
         with torch.no_grad():
-            mean = self.kept_multiplier()
-            self.constants.copy_(torch.where(keep.to(mean.device), mean, torch.zeros_like(mean)))
+            kept = self.kept_multiplier()
+            keep = keep.to(kept.device) & self.alive
+            self.constants.copy_(torch.where(keep, kept, torch.zeros_like(kept)))
         self.phase = Phase.HARDENED
 
     def kept_multiplier(self) -> Tensor:
         """What a unit is multiplied by if it stays: its mean, or 1 where none can be folded."""
         return self.mean() if self.foldable else torch.ones_like(self.constants)
+
+    def sample(self, rows: int) -> Tensor:
+        """Reparametrised draws, `(rows, size)` or `(1, size)`; ones by default."""
+        return torch.ones_like(self.constants).unsqueeze(0)
+
+    def mean(self) -> Tensor:
+        """Mean multiplier, `(size,)`; ones by default."""
+        return torch.ones_like(self.constants)
+
+    def penalty(self, strength: float, examples: int) -> Tensor:
+        """What every unit adds to the loss of a training example, `(size,)`; 0 by default.
+
+        Args:
+            strength: How strongly units are asked to close; the method gives its meaning.
+            examples: Number of training examples.
+        """
+        return torch.zeros_like(self.constants)
+
+    def pressure(self) -> Tensor:
+        """What a budget pushes down until the expected cost fits it, `(size,)`.
+
+        Only its gradient with respect to the gate's parameters matters. A gate without
+        parameters is not pushed.
+        """
+        return torch.zeros_like(self.constants)
+
+    def openness(self, sharpness: float) -> Tensor:
+        """How likely every unit is to stay, in [0, 1], `(size,)`: what a budget counts.
+
+        Args:
+            sharpness: How decided the answer is, from 1 (as likely as the gate says) up to
+                a hard decision.
+        """
+        return torch.ones_like(self.constants)
+
+    def choose(self, keep: Tensor) -> None:
+        """Hear, at the start of every epoch, which units the target would keep now.
+
+        Args:
+            keep: Boolean `(size,)`.
+        """
+
+    def update(self) -> None:
+        """Called after every optimiser step, for what is not learnt by gradients."""
+
+    @abstractmethod
+    def score(self) -> Tensor:
+        """How needed every unit is, `(size,)`; comparable between groups, larger is more."""
+
+    def needed(self) -> Tensor:
+        """The method's own rule: which units stay, boolean `(size,)`; all by default."""
+        return torch.ones_like(self.alive)
+
+
+class NoiseGate(Gate):
+    """The noise of one channel group: a distribution over one multiplier per unit."""
 
     @abstractmethod
     def sample(self, rows: int) -> Tensor:
@@ -88,25 +175,16 @@ class NoiseGate(nn.Module, ABC):
         """Posterior mean, `(size,)`."""
 
     @abstractmethod
-    def divergence(self, strength: float) -> Tensor:
-        """KL divergence of the posterior from the prior per unit in nats, `(size,)`.
+    def penalty(self, strength: float, examples: int) -> Tensor:
+        """The weighted divergence of the posterior from the prior per example, `(size,)`."""
 
-        Args:
-            strength: How strongly the prior asks units to close; the method gives its meaning.
-        """
+    @abstractmethod
+    def pressure(self) -> Tensor:
+        """What a budget pushes down: the part of the divergence that closes units, `(size,)`."""
 
     @abstractmethod
     def openness(self, sharpness: float) -> Tensor:
-        """How likely every unit is to stay, in [0, 1], `(size,)`: what a budget counts.
-
-        Args:
-            sharpness: How decided the answer is, from 1 (as likely as the posterior says) up to
-                a hard decision.
-        """
-
-    @abstractmethod
-    def score(self) -> Tensor:
-        """How needed every unit is, `(size,)`; comparable between groups, larger is more."""
+        """How likely every unit is to stay, in [0, 1], `(size,)`."""
 
     @abstractmethod
     def needed(self) -> Tensor:
@@ -114,10 +192,35 @@ class NoiseGate(nn.Module, ABC):
 
 
 class Method(ABC):
-    """A way to learn which units are redundant. Stateless; gates hold the state."""
+    """A way to learn which units are redundant. Stateless; gates hold the state.
 
-    name: str
+    Attributes:
+        name: What `prune(method=...)` calls it.
+        decides: Whether it has a rule of its own, so that no target is needed.
+        trains: Whether there is something to train before the decision. If not, `prune` goes
+            straight to the decision unless a recursion is asked for.
+        observes: Whether scores need gradients of the loss: a pass over training batches
+            precedes the decision of a method that does not train.
+        strength: Default of `Recursion.strength`; the method gives its meaning.
+        cost_weighted: Whether penalties are weighed by what a unit costs.
+        budgeted_strength: What takes its place while a target finds the strength: a weak
+            pull. None if the strength is not found but set, target or not.
+    """
+
+    name: ClassVar[str]
+    decides: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    observes: ClassVar[bool] = False
+    strength: ClassVar[float] = 1.0
+    budgeted_strength: ClassVar[float | None] = 1.0
+    cost_weighted: ClassVar[bool] = True
 
     @abstractmethod
-    def gate(self, group: ChannelGroup) -> NoiseGate:
-        """The noise for one group."""
+    def gate(self, group: ChannelGroup) -> Gate:
+        """The gate for one group."""
+
+    def recursion(self) -> Recursion:
+        """How its gates are trained if the caller does not say."""
+        from rbpfx.training.schedule import Recursion
+
+        return Recursion()

@@ -40,6 +40,10 @@ def gaussian_dropout_kl(gate_logit: Tensor, strength: float | Tensor) -> Tensor:
     return prior - 0.5 * log_variance - 0.5 * torch.log(2 * strength) - 0.5
 
 
+WEAKEST_PRIOR = 1.0
+"""lambda at least: a prior of unit variance. Under a budget the projection does the rest."""
+
+
 class RBPGate(NoiseGate):
     """Gaussian dropout noise with one learnt rate per unit.
 
@@ -69,9 +73,14 @@ class RBPGate(NoiseGate):
         """The gate 1 - r, `(size,)`."""
         return torch.sigmoid(self.gate_logit)
 
-    def divergence(self, strength: float) -> Tensor:
-        """KL per unit, `(size,)`; `strength` is lambda = 1 / (2 eps^2)."""
-        return gaussian_dropout_kl(self.gate_logit, strength)
+    def penalty(self, strength: float, examples: int) -> Tensor:
+        """KL per unit and example, `(size,)`; `strength` is lambda / N, in nats per example."""
+        prior = max(strength * examples, WEAKEST_PRIOR)
+        return gaussian_dropout_kl(self.gate_logit, prior) / examples
+
+    def pressure(self) -> Tensor:
+        """The gate, whose L1 norm the prior penalises, `(size,)`."""
+        return self.mean()
 
     def openness(self, sharpness: float) -> Tensor:
         """`g^s / (g^s + (1 - g)^s)` with sharpness s: the gate, closer to the 0 or 1 it becomes.
@@ -99,11 +108,14 @@ class RBP(Method):
     Attributes:
         initial_rate: Dropout rate at the start, in (0, 1).
         threshold: A unit whose mean gate lies below is redundant, in (0, 1).
+        strength: Price of an open gate of average cost in nats per training example, lambda / N.
     """
 
     initial_rate: float = 0.05
     threshold: float = 0.5
     name = "rbp"
+    strength = 0.003
+    budgeted_strength = 0.0
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Gaussian dropout noise for the units of a group."""

@@ -1,20 +1,13 @@
-"""The budget: how strong the noise has to be, and where to cut."""
+"""The budget: how strong the noise has to be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rbpfx.errors import TargetError
-from rbpfx.graph.groups import Analysis
-from rbpfx.methods import NoiseGate, Phase
-from rbpfx.plan import PruningPlan
-
-Values = npt.NDArray[np.float64]
+from rbpfx.methods import Gate, Phase
 
 LARGEST_STRENGTH = 1e6
 """Nats per unit and example beyond which a budget counts as out of reach."""
@@ -40,7 +33,7 @@ class BudgetProjection:
     """
 
     def __init__(
-        self, gates: Sequence[NoiseGate], weights: Sequence[Tensor], cost: Callable[[], float]
+        self, gates: Sequence[Gate], weights: Sequence[Tensor], cost: Callable[[], float]
     ) -> None:
         self.gates = gates
         self.weights = weights
@@ -97,7 +90,7 @@ class BudgetProjection:
         parameters: list[Tensor] = [p for gate, _ in noisy for p in gate.parameters()]
         if not parameters:
             return [], []
-        pressure = torch.stack([weight * gate.mean().sum() for gate, weight in noisy]).sum()
+        pressure = torch.stack([weight * gate.pressure().sum() for gate, weight in noisy]).sum()
         forces = torch.autograd.grad(pressure, parameters)
         return parameters, [
             force / _adam_scale(optimizer, p) for p, force in zip(parameters, forces, strict=True)
@@ -110,79 +103,3 @@ def _adam_scale(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
     correction = 1 - group["betas"][1] ** float(state["step"])
     scale: Tensor = (state["exp_avg_sq"] / correction).sqrt() + group["eps"]
     return scale
-
-
-def require_reachable(analysis: Analysis, share: float) -> None:
-    """Check that a budget leaves room for one unit per group.
-
-    Args:
-        analysis: The analysis.
-        share: Share of the dense multiply-accumulates.
-
-    Raises:
-        TargetError: It does not.
-    """
-    smallest = above(analysis, {g.name: np.zeros(g.size) for g in analysis.groups}, np.inf)
-    least = analysis.macs(analysis.keep(smallest)) / analysis.dense_macs
-    if least > share:
-        raise TargetError(
-            f"the target keeps {share:.1%} of the multiply-accumulates, but with one unit per "
-            f"group this network still keeps {least:.1%}; choose a larger target"
-        )
-
-
-def cut(analysis: Analysis, scores: Mapping[str, Values], share: float) -> PruningPlan:
-    """The plan that keeps as many of the highest scores as a budget allows.
-
-    One threshold for all groups, found by bisection on the cost of the network that would be
-    emitted. The best unit of every group always stays.
-
-    Args:
-        analysis: The analysis.
-        scores: Group name -> one score per unit, comparable between groups.
-        share: Share of the dense multiply-accumulates; reachable (`require_reachable`).
-    """
-    budget = share * analysis.dense_macs
-    thresholds = np.concatenate([[-np.inf], np.unique(np.concatenate([*scores.values()]))])
-    low, high = 0, len(thresholds) - 1
-    while low < high:
-        middle = (low + high) // 2
-        plan = above(analysis, scores, float(thresholds[middle]))
-        if analysis.macs(analysis.keep(plan)) <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return above(analysis, scores, float(thresholds[low]))
-
-
-def above(analysis: Analysis, scores: Mapping[str, Values], threshold: float) -> PruningPlan:
-    """The plan that keeps the units that score above a threshold, and the best of every group."""
-    return complete(analysis, {name: s > threshold for name, s in scores.items()}, scores)
-
-
-def complete(
-    analysis: Analysis, needed: Mapping[str, npt.NDArray[np.bool_]], scores: Mapping[str, Values]
-) -> PruningPlan:
-    """The plan that keeps the needed units, and what it takes to leave no axis empty.
-
-    That is the best unit of every group and, where flattened features are units beside the
-    channels, the best feature that a linear layer reads of the channels that stay.
-
-    Args:
-        analysis: The analysis.
-        needed: Group name -> which units are needed, `(size,)`.
-        scores: Group name -> one score per unit, `(size,)`.
-    """
-    kept = {
-        name: np.flatnonzero(units).tolist() if units.any() else [int(scores[name].argmax())]
-        for name, units in needed.items()
-    }
-    keep = analysis.keep(PruningPlan(kept))
-    score = analysis.gather(scores)
-    for *channels, features in (read.atoms for read in analysis.reads):
-        stays = np.logical_and.reduce([keep[atoms] for atoms in channels])
-        if channels and not (stays & keep[features]).any():
-            best = features[np.where(stays, score[features], -np.inf).argmax()]
-            keep[analysis.channel == analysis.channel[best]] = True
-    plan = {g.name: np.flatnonzero(keep[g.channels]).tolist() for g in analysis.groups}
-    return analysis.close(PruningPlan(plan))

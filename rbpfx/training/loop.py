@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from math import isfinite
 from typing import Any
 
@@ -21,14 +22,29 @@ def batches(loader: Loader, count: int) -> Iterator[Any]:
     Raises:
         InputError: The loader yields nothing, or cannot be gone through twice.
     """
+    return (batch for (batch,) in grouped(loader, count))
+
+
+def grouped(loader: Loader, count: int, size: int = 1) -> Iterator[list[Any]]:
+    """`count` lists of `size` batches of one epoch, the last of an epoch shorter if need be.
+
+    Args:
+        loader: Gone through as often as needed; no batch is left out.
+        count: Number of lists.
+        size: Batches per list.
+
+    Raises:
+        InputError: The loader yields nothing, or cannot be gone through twice.
+    """
     done = 0
     while done < count:
         before = done
-        for batch in loader:
+        epoch = iter(loader)
+        while group := list(islice(epoch, size)):
+            yield group
+            done += 1
             if done == count:
                 return
-            yield batch
-            done += 1
         if done == before:
             raise InputError(
                 "the loader yields no batch"
@@ -37,12 +53,18 @@ def batches(loader: Loader, count: int) -> Iterator[Any]:
             )
 
 
-def steps_per_epoch(loader: Loader) -> int:
-    """Number of batches in one pass."""
+def steps_per_epoch(loader: Loader, accumulate: int = 1) -> int:
+    """Number of optimiser steps in one pass.
+
+    Args:
+        loader: Training batches.
+        accumulate: Batches per step; an epoch may end with a step of fewer.
+    """
     try:
-        return len(loader)  # type: ignore[arg-type]
+        length = len(loader)  # type: ignore[arg-type]
     except TypeError:
-        return sum(1 for _ in loader)
+        length = sum(1 for _ in loader)
+    return -(-length // accumulate)
 
 
 def gradient_step(

@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from rbpfx.errors import DivergenceError, InputError
-from rbpfx.graph.groups import Analysis
-from rbpfx.methods import NoiseGate, Phase, noise_gates
+from rbpfx.graph.capture import evaluating
+from rbpfx.methods import Gate, Method, Phase, noise_gates
 from rbpfx.plan import PruningPlan
-from rbpfx.training.budget import BudgetProjection, Values, complete, cut
+from rbpfx.selection import Selection, Units, Values
+from rbpfx.training.budget import BudgetProjection
 from rbpfx.training.loop import (
     batches,
     gradient_step,
@@ -45,7 +45,8 @@ class Progress:
         loss: Data loss of the step.
         bound: Negative evidence lower bound per example of the step, up to the constant N.
         strength: The prior's strength per example.
-        cost: Expected share of the multiply-accumulates.
+        cost: Expected share of the cost: of the parameters if these are the target, else of the
+            multiply-accumulates.
         open_gates: Number of units with a mean above one half.
     """
 
@@ -61,46 +62,52 @@ class Progress:
 
 
 class RecursiveTraining:
-    """Trains the noise of a graph and its weights along with it.
+    """Trains the gates of a graph and its weights along with them, and decides group by group.
 
     Args:
-        noisy: Graph with noise, from `insert_noise`; trained in place.
-        analysis: The analysis of the graph without noise.
+        noisy: Graph with gates, from `insert_noise`; trained in place.
+        selection: Chooses units by score, within a budget if there is one.
+        method: The method that the gates are of.
         task: Turns batches into losses.
         settings: How.
-        budget: Share of the dense multiply-accumulates to reach; None for a fixed strength.
         teacher: Network whose outputs are imitated in half of the loss.
+
+    Attributes:
+        scores: Group name -> score of every unit, once it is hardened; those of removed units
+            too, since another target may call them back.
+        needed: Group name -> which units the decision at its hardening kept.
+        multipliers: Group name -> the multiplier of every unit if it stays.
+        history: One entry per hardened group.
     """
 
     def __init__(
         self,
         noisy: nn.Module,
-        analysis: Analysis,
+        selection: Selection,
+        method: Method,
         task: Task,
         settings: Recursion,
-        budget: float | None = None,
         teacher: torch.nn.Module | None = None,
     ) -> None:
         self.noisy = noisy
-        self.analysis = analysis
+        self.selection = selection
+        self.method = method
         self.task = task
         self.settings = settings
-        self.budget = budget
+        self.budget = selection.training_budget
         self.teacher = teacher
-        self.gates: list[NoiseGate] = noise_gates(noisy)
+        self.gates: list[Gate] = noise_gates(noisy)
         self.weights = self._unit_weights()
+        self.strength = settings.strength if settings.strength is not None else method.strength
         self.scores: dict[str, Values] = {}
-        self.needed: dict[str, npt.NDArray[np.bool_]] = {}
+        self.needed: dict[str, Units] = {}
         self.multipliers: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
         self.sharpness = settings.sharpness[0]
         self.projection = BudgetProjection(self.gates, self.weights, self.expected_cost)
 
-    def run(self, loader: Loader, report: Callable[[Progress], None] = lambda _: None) -> None:
+    def run(self, loader: Loader, report: Callable[[Progress], None] | None = None) -> None:
         """Train and harden every group.
-
-        `scores` then holds the score of every unit and `multipliers` its mean multiplier, both by
-        group name; those of removed units too, since a target may call them back.
 
         Args:
             loader: Training batches.
@@ -119,11 +126,13 @@ class RecursiveTraining:
         optimizers = self._optimizers()
         schedule = Schedule.plan(len(self.gates), steps, settings)
         evidence = Evidence(max(round(settings.patience * per_epoch), 1), settings.tolerance)
-        strength = settings.strength if self.budget is None else 0.0
+        strength = self.strength if self.budget is None else 0.0
         front = 0
         for step, batch in enumerate(batches(loader, steps)):
             for index, gate in enumerate(self.gates[front:], start=front):
                 gate.phase = schedule.phase(index, front)
+            if step % per_epoch == 0:
+                self._begin_epoch(step)
             self.noisy.train()
             loss = self.task.loss(self.noisy, batch, self.teacher)
             if not loss.requires_grad:
@@ -131,33 +140,53 @@ class RecursiveTraining:
                     "the loss does not depend on the network: it was detached, or computed under "
                     "torch.no_grad() or by operations without a gradient"
                 )
-            divergence = self._divergence(examples)
+            penalty = self._penalty(examples)
             gradient_step(
-                loss + divergence,
+                loss + penalty,
                 optimizers,
                 lambda: self._diverged(good, front, step),  # noqa: B023
             )
             good = latest
-            if self.budget is not None:
+            for gate in self.gates[front:]:
+                gate.update()
+            if self.budget is not None and self.method.trains:
                 self.sharpness = schedule.sharpness(step, settings.sharpness)
                 strength = self.projection.apply(optimizers[0], schedule.budget(step, self.budget))
-            bound = float(loss.detach() + divergence.detach())
+            bound = float(loss.detach() + penalty.detach())
             if front == 0 and self.budget is None and evidence.settled(bound):
                 schedule = schedule.started(step + 1)
-            reached = self._progress(step, schedule.steps, front, loss, bound, strength)
+            hardens = front < len(self.gates) and schedule.hardens(step, front)
+            if report is not None or hardens:
+                reached = self._progress(step, schedule.steps, front, loss, bound, strength)
             while front < len(self.gates) and schedule.hardens(step, front):
                 self._harden(self.gates[front])
                 self.history.append({**asdict(reached), "group": self.gates[front].group})
                 latest = self._state()
                 front += 1
-            report(reached)
+            if report is not None:
+                report(reached)
             if front == len(self.gates):
                 break
         if not still_finite(self.noisy, batch, self.task):
             raise self._diverged(good, front, step)
 
+    def decide(self, loader: Loader, max_batches: int = 64) -> None:
+        """Harden every group at once without training.
+
+        Args:
+            loader: Training batches, for methods whose scores need gradients.
+            max_batches: How many batches such a method looks at, at most.
+        """
+        if self.method.observes:
+            with evaluating(self.noisy), torch.enable_grad():
+                for batch in batches(loader, min(max_batches, steps_per_epoch(loader))):
+                    self.task.loss(self.noisy, batch).backward()
+            self.noisy.zero_grad(set_to_none=True)
+        for gate in self.gates:
+            self._harden(gate)
+
     def expected_cost(self) -> float:
-        """Share of the dense multiply-accumulates, given how open the gates are.
+        """Share of the dense cost, given how open the gates are.
 
         Groups that wait count as if they were at the budget already, so that a strict recursion
         asks its fair share of every group.
@@ -166,53 +195,87 @@ class RecursiveTraining:
         shares: dict[str, Values | float] = {}
         for gate in self.gates:
             shares[gate.group] = waiting if gate.phase is Phase.WAITING else self._openness(gate)
-        return self.analysis.macs(self.analysis.gather(shares)) / self.analysis.dense_macs
+        return self.selection.expected(shares)
 
     def plan(self) -> PruningPlan:
         """Which units stay: the highest scores within the budget, or the method's own rule."""
-        if self.budget is not None:
-            return cut(self.analysis, self.scores, self.budget)
-        return complete(self.analysis, self.needed, self.scores)
+        return self.selection.plan(self.scores, self.needed)
 
-    def _openness(self, gate: NoiseGate) -> Values:
+    def _begin_epoch(self, step: int) -> None:
+        """Tell the gates what the target would keep; remove what is redundant, if so wished."""
+        waiting = [gate for gate in self.gates if gate.phase is not Phase.HARDENED]
+        if self.budget is not None:
+            choice = self._choice()
+            for gate in waiting:
+                gate.choose(choice[gate.group].to(gate.alive.device))
+        elif self.settings.decisions == "epoch" and step > 0:
+            for gate in waiting:
+                if gate.phase is Phase.NOISY:
+                    gate.remove(~self._own_rule(gate))
+
+    def _own_rule(self, gate: Gate) -> Tensor:
+        """Which units the method's rule keeps: always the best of them at least."""
+        needed = gate.needed() & gate.alive
+        if not needed.any():
+            needed[self._score(gate).argmax()] = True
+        return needed
+
+    @torch.no_grad()
+    def _score(self, gate: Gate) -> Tensor:
+        """Scores, `(size,)`; units that were removed for good come last."""
+        score = gate.score()
+        return torch.where(gate.alive, score, score.min() - 1)
+
+    def _choice(self) -> dict[str, Tensor]:
+        """What the target keeps by the present scores: group name -> boolean `(size,)`."""
+        scores = {
+            gate.group: self.scores.get(gate.group, self._score(gate).double().cpu().numpy())
+            for gate in self.gates
+        }
+        plan = self.selection.plan(scores)
+        kept = {name: np.zeros(len(score), dtype=bool) for name, score in scores.items()}
+        for name, units in kept.items():
+            units[list(plan.kept.get(name, range(len(units))))] = True
+        return {name: torch.from_numpy(units) for name, units in kept.items()}
+
+    def _openness(self, gate: Gate) -> Values:
         with torch.no_grad():
             if gate.phase is Phase.HARDENED:
                 openness = (gate.constants != 0).double()
             elif gate.phase is Phase.WAITING:
                 openness = torch.ones_like(gate.constants)
             else:
-                openness = gate.openness(self.sharpness)
+                openness = gate.openness(self.sharpness) * gate.alive
             values: Values = openness.double().cpu().numpy()
             return values
 
-    def _harden(self, gate: NoiseGate) -> None:
-        with torch.no_grad():
-            score = gate.score()
-            needed = gate.needed()
-            if not needed.any():
-                needed[score.argmax()] = True
-            self.scores[gate.group] = score.double().cpu().numpy()
-            self.needed[gate.group] = needed.cpu().numpy()
-            self.multipliers[gate.group] = gate.kept_multiplier().clone()
-            gate.harden(needed)
+    @torch.no_grad()
+    def _harden(self, gate: Gate) -> None:
+        needed = self._own_rule(gate) if self.budget is None else self._choice()[gate.group]
+        self.scores[gate.group] = self._score(gate).double().cpu().numpy()
+        self.needed[gate.group] = needed.cpu().numpy()
+        self.multipliers[gate.group] = gate.kept_multiplier().detach().clone()
+        gate.harden(needed)
 
-    def _divergence(self, examples: int) -> Tensor:
-        """Weighted divergence of all noisy gates per example.
+    def _penalty(self, examples: int) -> Tensor:
+        """What all gates add to the loss of an example.
 
         With a budget the strength of the prior is applied by the projection; what is left here
-        is the divergence from a prior of strength 1, which hardly pulls.
+        is the divergence from a prior that hardly pulls.
         """
-        strength = 1.0 if self.budget is not None else self.settings.strength * examples
+        found = None if self.budget is None else self.method.budgeted_strength
+        strength = self.strength if found is None else found
         total = self.weights[0].new_zeros(())
         for gate, weight in zip(self.gates, self.weights, strict=True):
             if gate.phase is Phase.NOISY:
-                total = total + weight.to(total) * gate.divergence(strength).sum()
-        return total / examples
+                total = total + weight.to(total) * gate.penalty(strength, examples).sum()
+        return total
 
     def _unit_weights(self) -> list[Tensor]:
         """One weight per group, proportional to the cost of a unit, of mean 1 over all units."""
-        groups = [self.analysis.group(gate.group) for gate in self.gates]
-        cost = np.array([g.macs_per_unit if self.settings.cost_aware else 1.0 for g in groups])
+        groups = [self.selection.analysis.group(gate.group) for gate in self.gates]
+        aware = self.settings.cost_aware and self.method.cost_weighted
+        cost = np.array([self.selection.unit_cost(g) if aware else 1.0 for g in groups])
         sizes = np.array([g.size for g in groups])
         cost = np.maximum(cost, cost.max() * 1e-6) if cost.max() > 0 else np.ones_like(cost)
         cost = cost * sizes.sum() / (cost * sizes).sum()
@@ -224,7 +287,9 @@ class RecursiveTraining:
         noise = [p for gate in self.gates for p in gate.parameters()]
         known = {id(p) for p in noise}
         weights = [p for p in self.noisy.parameters() if id(p) not in known and p.requires_grad]
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(noise, settings.noise_lr)]
+        optimizers: list[torch.optim.Optimizer] = []
+        if noise:
+            optimizers.append(torch.optim.Adam(noise, settings.noise_lr))
         if weights and settings.weight_lr > 0:
             optimizers.append(
                 torch.optim.SGD(

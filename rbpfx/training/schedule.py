@@ -10,6 +10,8 @@ from rbpfx.methods import Phase
 SETTLING = 0.1
 """Share of the budget's ramp in which it stays at 1, while Adam learns the gradients' scale."""
 
+DECISIONS = ("once", "epoch")
+
 
 @dataclass(frozen=True)
 class Recursion:
@@ -17,12 +19,18 @@ class Recursion:
 
     Attributes:
         epochs: Passes over the loader for all groups together (at most, without a target).
-        strength: Price of an open gate of average cost, in nats per training example:
-            lambda / N with the prior's lambda = 1 / (2 eps^2). A channel stays if it lowers the
-            mean training loss by more. Not used with a target, which finds the strength.
+        strength: How hard to prune without a target; None for the method's own default. For RBP
+            it is the price of an open gate of average cost in nats per training example,
+            lambda / N with the prior's lambda = 1 / (2 eps^2): a channel stays if it lowers the
+            mean training loss by more. For the other noise methods it multiplies the divergence
+            of the evidence lower bound. With a target the strength is found, not set.
         window: How many groups are noisy at a time. 1 is the strict recursion; None makes all
             groups noisy from the start, the front then hardens them one by one.
-        front: Share of the steps during which the front passes, if `window` is None.
+        front: Share of the steps during which the front passes, if `window` is None. 0 hardens
+            all groups together at the end: joint training, without recursion.
+        decisions: "once" to decide every group when it is hardened; "epoch" to remove for good,
+            at the end of every epoch, the units that the method's own rule finds redundant, as
+            BMRS does. Not used with a target, which decides by itself.
         budget_ramp: Share of the steps before the front in which the budget falls to the target.
         sharpness: How decided gates count towards a budget, while it falls and at the end (see
             `NoiseGate.openness`): the growth pushes half-open gates apart.
@@ -32,13 +40,15 @@ class Recursion:
         patience: Without a target, noise training moves on to hardening when over this share of
             an epoch the evidence bound has fallen by less than `tolerance` of its whole fall.
         tolerance: See `patience`.
-        cost_aware: Weigh every unit's divergence by the multiply-accumulates it costs.
+        cost_aware: Weigh every unit's divergence by what it costs: multiply-accumulates, or
+            parameters if these are the target.
     """
 
     epochs: float = 3.0
-    strength: float = 0.003
+    strength: float | None = None
     window: int | None = None
     front: float = 0.3
+    decisions: str = "once"
     budget_ramp: float = 0.7
     sharpness: tuple[float, float] = (2.0, 8.0)
     noise_lr: float = 0.05
@@ -51,10 +61,13 @@ class Recursion:
     def __post_init__(self) -> None:
         positive = ("epochs", "strength", "noise_lr", "patience")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise RbpfxError(f"Recursion({name}={getattr(self, name)}) must be positive")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RbpfxError(f"Recursion({name}={value}) must be positive")
         if self.window is not None and self.window < 1:
             raise RbpfxError(f"Recursion(window={self.window}) must be at least 1, or None")
+        if self.decisions not in DECISIONS:
+            raise RbpfxError(f"Recursion(decisions={self.decisions!r}): it is one of {DECISIONS}")
         if not 0 <= self.front < 1 or not 0 < self.budget_ramp <= 1:
             raise RbpfxError("Recursion(front=...) lies in [0, 1), budget_ramp in (0, 1]")
 

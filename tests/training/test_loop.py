@@ -14,6 +14,7 @@ from rbpfx.graph.capture import keeping_modes
 from rbpfx.training.loop import (
     batches,
     gradient_step,
+    grouped,
     refresh_batchnorm,
     snapshot,
     steps_per_epoch,
@@ -41,6 +42,43 @@ class TestBatches:
     def test_a_generator_ends(self) -> None:
         with pytest.raises(InputError, match="only once"):
             list(batches(iter([0, 1]), 3))
+
+    def test_no_batch_is_fetched_in_vain(self) -> None:
+        fetched = []
+
+        class Loader:
+            def __iter__(self) -> Iterator[int]:
+                for index in range(9):
+                    fetched.append(index)
+                    yield index
+
+        list(batches(Loader(), 4))
+        assert fetched == [0, 1, 2, 3]
+
+
+class TestGroups:
+    @pytest.mark.parametrize("length", [1, 4, 7])
+    @pytest.mark.parametrize("size", [1, 2, 3, 9])
+    def test_an_epoch_loses_no_batch_and_is_not_crossed(self, length: int, size: int) -> None:
+        loader = list(range(length))
+        steps = steps_per_epoch(loader, size)
+        groups = list(grouped(loader, 2 * steps, size))
+        for epoch in (groups[:steps], groups[steps:]):
+            assert [batch for group in epoch for batch in group] == loader
+            assert all(len(group) == size for group in epoch[:-1])
+            assert 0 < len(epoch[-1]) <= size
+
+    def test_it_ends_within_an_epoch(self) -> None:
+        assert list(grouped(Countless(), 3, 2)) == [[0, 1], [2], [0, 1]]
+        assert list(grouped(Countless(), 0, 2)) == []
+
+    def test_steps_without_a_length(self) -> None:
+        assert [steps_per_epoch(Countless(), size) for size in (1, 2, 3, 4)] == [3, 2, 1, 1]
+
+    @pytest.mark.parametrize(("loader", "message"), [([], "no batch"), (iter([0]), "only once")])
+    def test_errors(self, loader: object, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            list(grouped(loader, 2, 2))
 
 
 class TestGradientStep:

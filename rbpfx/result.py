@@ -1,0 +1,287 @@
+"""From trained gates to a pruned network: decide, slice, verify, fine-tune, measure."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from rbpfx.errors import InputError, RbpfxError
+from rbpfx.graph.capture import ExampleInputs
+from rbpfx.graph.cost import count_macs, count_parameters
+from rbpfx.graph.gates import apply_mask
+from rbpfx.graph.groups import Analysis
+from rbpfx.graph.slicing import rewrite
+from rbpfx.graph.verification import require_equal
+from rbpfx.latency import first_examples, measure_latency
+from rbpfx.methods import Method
+from rbpfx.plan import PruningPlan
+from rbpfx.progress import Bar
+from rbpfx.report import Figures, Report
+from rbpfx.selection import LatencyMeter, Selection, Units, Values
+from rbpfx.target import Target
+from rbpfx.training.finetune import FineTune, finetune
+from rbpfx.training.loop import refresh_batchnorm
+from rbpfx.training.task import Loader, Task
+
+VERIFIED_EXAMPLES = 2
+
+
+@dataclass
+class PruningResult:
+    """What `prune` returns.
+
+    Attributes:
+        model: The smaller network, a `torch.fx.GraphModule` with the submodule names of the
+            original, in the mode and on the device it was in. If the forward of the original
+            cannot be traced, a module of its class with `GraphModule`s in it.
+        plan: Which units of every group stay.
+        report: Figures before and after; `str(report)` is a table.
+        dense: The captured network in its original size, with the weights that the training of
+            the gates left: `rewrite(dense, analysis, plan)` is the cut before fine-tuning, but
+            for multipliers that were folded in.
+        analysis: Its analysis.
+        source: A weak reference to the model that was given to `prune`, for `rbpfx.rebind`.
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    report: Report
+    dense: nn.Module = field(repr=False)
+    analysis: Analysis = field(repr=False)
+    source: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+    emission: Emission | None = field(default=None, repr=False)
+
+    def sweep(self, targets: Iterable[float | Target], recovery: FineTune | None = None) -> Front:
+        """Networks for other targets from the same noise training; nothing is trained but these.
+
+        Args:
+            targets: Targets, or numbers that take the place of the budget in this result's
+                target (shares of the MACs if it had none).
+            recovery: How each is fine-tuned; as in `prune` by default. `FineTune(epochs=0)` for
+                networks right after the cut.
+
+        Returns:
+            One result for each target, in the order given; printed, it is a table.
+
+        Raises:
+            TargetError: A target cannot be reached.
+            RbpfxError: The result was loaded or pickled: the gates and the loader are gone.
+        """
+        if self.emission is None:
+            raise RbpfxError(
+                "this result has been pickled or loaded and no longer holds the gates and the "
+                "loader; sweep the result that prune returned"
+            )
+        emission = self.emission
+        chosen = [emission.target_of(target) for target in targets]
+        selections = [emission.selection(target) for target in chosen]  # all errors first
+        return Front(emission.emit(s, recovery, source=self.source) for s in selections)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: without the loader, the teacher and the reference to the original."""
+        return {**self.__dict__, "source": None, "emission": None}
+
+
+class Front(list[PruningResult]):
+    """Results for several targets, cheapest first or in any order; `str` is a table."""
+
+    def __str__(self) -> str:
+        rows = []
+        for result in self:
+            dense, pruned = result.report.dense, result.report.pruned
+            batch = max(pruned.latency)
+            rows.append(
+                (
+                    result.report.target.short() if result.report.target else "",
+                    f"{pruned.macs / dense.macs:.1%}",
+                    f"{pruned.parameters / dense.parameters:.1%}",
+                    f"{pruned.latency[batch] / dense.latency[batch]:.1%}",
+                    "" if pruned.accuracy is None else f"{pruned.accuracy:.4g}",
+                )
+            )
+        metric = self[0].report.metric if self else "accuracy"
+        headers = ["target", "MACs kept", "parameters kept", "time kept", metric]
+        return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+@dataclass
+class Emission:
+    """All it takes to emit a network for a target once the gates are trained.
+
+    Attributes:
+        original: The dense network as it was given, in eval mode: baseline and teacher.
+        gm: The captured network, with the weights as trained along with the gates.
+        analysis: Its analysis.
+        method: The method.
+        target: What was asked for.
+        scores: Group name -> score of every unit.
+        needed: Group name -> the units that the method's own rule keeps.
+        multipliers: Group name -> the multiplier of every unit that stays.
+        history: What happened in training.
+        task: Turns batches into losses.
+        loader: Training batches.
+        inputs: Example inputs.
+        batch: Size of a training batch.
+        evaluate: The user's metric of a network, or None if there is no validation set.
+        accuracy: That of the dense network.
+        recovery: How networks are fine-tuned.
+        distill: Whether they learn from the original.
+        meter: Measures latency, for latency targets.
+        progress: Whether to show progress bars.
+        metric: Name of what `evaluate` measures.
+        device: Where all this happens, in words.
+        seeded: Context in which random numbers are the same every time.
+    """
+
+    original: nn.Module
+    gm: nn.Module
+    analysis: Analysis
+    method: Method
+    target: Target | None
+    scores: Mapping[str, Values]
+    needed: Mapping[str, Units]
+    multipliers: Mapping[str, Tensor]
+    history: list[dict[str, Any]]
+    task: Task
+    loader: Loader
+    inputs: ExampleInputs
+    batch: int
+    evaluate: Callable[[nn.Module], float | None]
+    accuracy: float | None
+    recovery: FineTune
+    distill: bool
+    meter: Callable[[Target | None], LatencyMeter | None]
+    progress: bool
+    metric: str
+    device: str
+    seeded: Callable[[], AbstractContextManager[None]]
+
+    def target_of(self, value: float | Target) -> Target:
+        """A target, or this one's with another budget."""
+        if isinstance(value, Target):
+            return value
+        asked = self.target or Target()
+        budget: dict[str, Any] = {asked.cost or "macs": value}
+        return replace(asked, **budget)
+
+    def selection(self, target: Target | None) -> Selection:
+        """What chooses the units for a target.
+
+        Raises:
+            TargetError: The target cannot be reached.
+        """
+        selection = Selection(self.analysis, target, self.meter(target))
+        missing = [g.name for g in selection.groups if g.name not in self.scores]
+        if missing:
+            raise InputError(
+                f"the groups {', '.join(missing)} were excluded when the gates were trained, so "
+                "that nothing is known about their units; exclude them from this target too"
+            )
+        return selection
+
+    def emit(
+        self,
+        selection: Selection,
+        recovery: FineTune | None = None,
+        *,
+        started: float | None = None,
+        source: weakref.ref[nn.Module] | None = None,
+    ) -> PruningResult:
+        """Decide, slice, verify, refresh BatchNorm, fine-tune, measure.
+
+        Raises:
+            VerificationError: Slicing changed the function.
+            DivergenceError: The loss of the fine-tuning stopped being finite.
+        """
+        started = time.perf_counter() if started is None else started
+        chosen = [g.name for g in selection.groups]
+        plan = selection.plan(
+            {name: self.scores[name] for name in chosen},
+            {name: self.needed[name] for name in chosen},
+        )
+        folded = rewrite(self.gm, self.analysis, PruningPlan(), multipliers=self.multipliers)
+        pruned = rewrite(folded, self.analysis, plan)
+        masked = apply_mask(folded, self.analysis, plan)
+        examples = first_examples(self.inputs, VERIFIED_EXAMPLES)
+        error = require_equal(masked, pruned, examples, inexact=self.analysis.inexact(plan))
+        del folded, masked
+
+        with self.seeded():
+            refresh_batchnorm(pruned, self.loader, self.task)
+            after_cut = self.evaluate(pruned)
+            teacher = self.original.eval() if self.distill else None
+            with Bar("fine-tuning", self.progress, lambda: self.evaluate(pruned)) as bar:
+                finetune(
+                    pruned, self.loader, self.task, recovery or self.recovery, teacher, bar.steps
+                )
+        networks = [self.original, pruned]
+        latency = {
+            size: measure_latency(networks, first_examples(self.inputs, size))
+            for size in sorted({1, self.batch})
+        }
+        dense_figures, figures = (
+            Figures(
+                parameters=count_parameters(network),
+                macs=count_macs(graph),
+                latency={size: measured[place].median for size, measured in latency.items()},
+                accuracy=accuracy,
+            )
+            for place, (network, graph, accuracy) in enumerate(
+                [(self.original, self.gm, self.accuracy), (pruned, pruned, self.evaluate(pruned))]
+            )
+        )
+        groups = self.analysis.groups
+        report = Report(
+            method=self.method.name,
+            dense=dense_figures,
+            pruned=figures,
+            widths={g.name: (g.size, len(plan.kept.get(g.name, range(g.size)))) for g in groups},
+            verification_error=error,
+            target=selection.reached(plan),
+            frozen={axis.name: axis.reason for axis in self.analysis.frozen},
+            excluded=tuple(g.name for g in groups if g.name not in chosen),
+            accuracy_after_cut=after_cut,
+            device=self.device,
+            seconds=time.perf_counter() - started,
+            history=self.history,
+            inexact=self.analysis.inexact(plan),
+            metric=self.metric,
+        )
+        return PruningResult(pruned, plan, report, self.gm, self.analysis, source, self)
+
+
+class PlanMeter:
+    """Measures the latency of the networks that plans emit, beside the dense one.
+
+    Args:
+        gm: The captured network.
+        analysis: Its analysis.
+        inputs: What the networks are called with.
+
+    Attributes:
+        dense_seconds: Latency of the dense network.
+    """
+
+    SECONDS = 1.0
+
+    def __init__(self, gm: nn.Module, analysis: Analysis, inputs: ExampleInputs) -> None:
+        self.gm = gm
+        self.analysis = analysis
+        self.inputs = inputs
+        self.dense_seconds = measure_latency([gm], inputs, seconds=self.SECONDS)[0].median
+
+    def __call__(self, plan: PruningPlan) -> float:
+        """The share of the dense network's latency that a plan's network has."""
+        network = rewrite(self.gm, self.analysis, plan)
+        dense, pruned = measure_latency([self.gm, network], self.inputs, seconds=self.SECONDS)
+        return pruned.median / dense.median
+
+
+__all__ = ["Emission", "Front", "PlanMeter", "PruningResult"]

@@ -1,0 +1,346 @@
+"""From scores to a plan: one threshold for all groups, as high as the target asks.
+
+The scores of a method are comparable between groups, so that one threshold decides all widths.
+It is found by bisection on the cost of the network that would be emitted. What is left of the
+budget then goes to the next best units that still fit in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rbpfx.errors import NothingToPruneError, TargetError
+from rbpfx.graph.cost import parameters_kept
+from rbpfx.graph.groups import Analysis, ChannelGroup
+from rbpfx.graph.parts import example_batch
+from rbpfx.plan import PruningPlan
+from rbpfx.target import COSTS, Target, Width, matches
+
+Values = npt.NDArray[np.float64]
+Units = npt.NDArray[np.bool_]
+
+
+class LatencyMeter(Protocol):
+    """Measures the networks that plans emit.
+
+    Attributes:
+        dense_seconds: Latency of the dense network.
+    """
+
+    dense_seconds: float
+
+    def __call__(self, plan: PruningPlan) -> float:
+        """The share of the dense network's latency that a plan's network has."""
+
+
+LATENCY_STEP = 0.005
+"""Share of the MACs below which two plans are not told apart by their measured latency."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a target asked for and what the emitted network costs.
+
+    Attributes:
+        cost: What is limited: "macs", "params" or "latency".
+        asked: Share of the dense network's cost.
+        reached: Share that the emitted network has.
+    """
+
+    cost: str
+    asked: float
+    reached: float
+
+    def short(self) -> str:
+        """What was asked for, in a few words."""
+        return f"{self.asked:.1%} of the {COSTS[self.cost]}"
+
+    def __str__(self) -> str:
+        text = f"target: {self.asked:.1%} of the {COSTS[self.cost]}, reached {self.reached:.1%}"
+        if self.reached < 0.99 * self.asked and self.cost != "latency":
+            text += " (the widths are too coarse, or bound, to come nearer)"
+        return text
+
+
+class Selection:
+    """Chooses the units that stay.
+
+    Args:
+        analysis: The analysis.
+        target: The budget and the bounds; None for neither.
+        latency: For a latency target: what measures it.
+
+    Attributes:
+        groups: The groups that may be pruned.
+        budget: Share of the cost to keep; None without a budget.
+
+    Raises:
+        TargetError: A pattern matches no group, or the budget cannot be reached.
+        NothingToPruneError: Include and exclude leave no group.
+    """
+
+    def __init__(
+        self, analysis: Analysis, target: Target | None = None, latency: LatencyMeter | None = None
+    ) -> None:
+        self.analysis = analysis
+        self.target = target or Target()
+        self.groups = _chosen_groups(analysis, self.target)
+        self._latency = latency
+        self._dense = self._count(np.ones(len(analysis.channel)))
+        self.budget = None if self.target.cost is None else self.target.share(self._dense_cost())
+        self._allowed = {g.name: self._allowed_widths(g) for g in self.groups}
+        self._require_reachable()
+        self.training_budget = self._training_budget()
+
+    def expected(self, shares: Mapping[str, Values | float]) -> float:
+        """Share of the dense cost that training counts if units stay with these probabilities.
+
+        A latency is not known for fractions of units; MACs stand for it.
+
+        Args:
+            shares: Group name -> probability of every unit, `(size,)`, or of all.
+        """
+        return self._count(self.analysis.gather(shares)) / self._dense
+
+    def unit_cost(self, group: ChannelGroup) -> float:
+        """Share of the dense cost that one unit of a group costs, all others staying."""
+        return 1 - self.expected({group.name: 1 - 1 / group.size})
+
+    def plan(
+        self, scores: Mapping[str, Values], needed: Mapping[str, Units] | None = None
+    ) -> PruningPlan:
+        """The units that stay.
+
+        Args:
+            scores: Group name -> one score per unit, comparable between groups.
+            needed: Group name -> the units that the method's own rule keeps; used without a
+                budget.
+
+        Returns:
+            With a budget the plan that keeps as many of the highest scores as fits in; else the
+            units that are needed; in both cases within the bounds, and with what it takes to
+            leave no axis empty.
+        """
+        if self.budget is None:
+            return self._complete(needed or {n: s > -np.inf for n, s in scores.items()}, scores)
+        return self._within(scores)
+
+    def reached(self, plan: PruningPlan) -> Reached | None:
+        """What the network of a plan costs, beside what was asked for."""
+        if self.budget is None or self.target.cost is None:
+            return None
+        return Reached(self.target.cost, self.budget, self._cost(plan))
+
+    def _within(self, scores: Mapping[str, Values]) -> PruningPlan:
+        """The plan of the lowest threshold that the budget allows, filled up."""
+        assert self.budget is not None
+        thresholds = np.unique(np.concatenate([[-np.inf], *scores.values()]))
+        if self.target.cost == "latency":
+            thresholds = self._distinct(scores, thresholds)
+        low, high = 0, len(thresholds) - 1
+        best = self._above(scores, float(thresholds[high]))
+        while low < high:
+            middle = (low + high) // 2
+            plan = self._above(scores, float(thresholds[middle]))
+            if self._cost(plan) <= self.budget:
+                high, best = middle, plan
+            else:
+                low = middle + 1
+        # To fill up by latency would take a measurement for every unit.
+        return best if self.target.cost == "latency" else self._filled(best, scores)
+
+    def _filled(self, plan: PruningPlan, scores: Mapping[str, Values]) -> PruningPlan:
+        """Spend what is left of the budget: widen group after group, the best score first."""
+        assert self.budget is not None
+        full = set()
+        while True:
+            kept = self._kept(plan)
+            wider = [
+                (scores[name][~units].max(), name, size)
+                for name, units in kept.items()
+                if name not in full and (size := self._next_width(name, int(units.sum())))
+            ]
+            if not wider:
+                return plan
+            _, name, size = max(wider)
+            more = self._widened(kept[name], scores[name], size)
+            candidate = self._complete({**kept, name: more}, scores)
+            # What nothing reads is removed again; a plan that did not grow leads nowhere.
+            if candidate.kept != plan.kept and self._cost(candidate) <= self.budget:
+                plan = candidate
+            else:
+                full.add(name)
+
+    def _above(self, scores: Mapping[str, Values], threshold: float) -> PruningPlan:
+        return self._complete({name: s > threshold for name, s in scores.items()}, scores)
+
+    def _complete(self, needed: Mapping[str, Units], scores: Mapping[str, Values]) -> PruningPlan:
+        """The plan that keeps the needed units, in allowed widths, and leaves no axis empty.
+
+        Where flattened features are units beside the channels, a linear layer keeps the best
+        feature of the channels that stay.
+        """
+        kept = {}
+        for name, units in needed.items():
+            allowed = self._allowed[name]
+            count = int(units.sum())
+            wanted = int(allowed[min(np.searchsorted(allowed, count), len(allowed) - 1)])
+            kept[name] = np.flatnonzero(self._widened(units, scores[name], wanted)).tolist()
+        analysis = self.analysis
+        keep = analysis.keep(PruningPlan(kept))
+        score = analysis.gather(scores)
+        for *channels, features in (read.atoms for read in analysis.reads):
+            if not channels:
+                continue
+            stays = np.logical_and.reduce([keep[atoms] for atoms in channels])
+            if not (stays & keep[features]).any():
+                best = features[np.where(stays, score[features], -np.inf).argmax()]
+                keep[analysis.channel == analysis.channel[best]] = True
+        plan = {g.name: np.flatnonzero(keep[g.channels]).tolist() for g in analysis.groups}
+        return analysis.close(PruningPlan(plan))
+
+    @staticmethod
+    def _widened(units: Units, score: Values, count: int) -> Units:
+        """The best `count` units: those of `units` before all others."""
+        order = np.lexsort((-score, ~units))
+        chosen = np.zeros(len(score), dtype=bool)
+        chosen[order[:count]] = True
+        return chosen
+
+    def _kept(self, plan: PruningPlan) -> dict[str, Units]:
+        kept = {g.name: np.zeros(g.size, dtype=bool) for g in self.groups}
+        for name, units in kept.items():
+            units[list(plan.kept.get(name, range(len(units))))] = True
+        return kept
+
+    def _next_width(self, name: str, count: int) -> int | None:
+        wider = self._allowed[name][self._allowed[name] > count]
+        return int(wider[0]) if len(wider) else None
+
+    def _allowed_widths(self, group: ChannelGroup) -> npt.NDArray[np.int64]:
+        """The numbers of units that a group may keep, ascending."""
+        least: float = self.target.min_width
+        most: float = group.size
+        for pattern, (low, high) in self.target.widths.items():
+            if _matches(group, [pattern]):
+                least = _units(low, group.size, self.target.min_width)
+                most = _units(high, group.size, group.size)
+        least = min(max(int(least), 1), group.size)
+        most = min(max(int(most), least), group.size)
+        channels = _channels_per_unit(self.analysis, group)
+        step = self.target.round_to // gcd(self.target.round_to, channels)
+        widths = set(range(-(-least // step) * step, most + 1, step))
+        # The width that the network had suits it too; and a bound holds even between multiples.
+        if most == group.size or not widths:
+            widths.add(most)
+        return np.array(sorted(widths))
+
+    def _dense_cost(self) -> float:
+        """Cost of the dense network in the units of the target."""
+        if self.target.cost == "latency":
+            return self._meter().dense_seconds
+        per_example = example_batch(self.analysis.gm) if self.target.cost == "macs" else 1
+        return self._dense / per_example
+
+    def _cost(self, plan: PruningPlan) -> float:
+        """Share of the dense cost that the emitted network has."""
+        return self._meter()(plan) if self.target.cost == "latency" else self._counted(plan)
+
+    def _counted(self, plan: PruningPlan) -> float:
+        return self._count(self.analysis.keep(plan).astype(np.float64)) / self._dense
+
+    def _count(self, share: Values) -> float:
+        if self.target.cost == "params":
+            return parameters_kept(self.analysis, share)
+        return self.analysis.macs(share)
+
+    def _meter(self) -> LatencyMeter:
+        if self._latency is None:
+            raise TargetError("a latency target is measured; it needs a network and example inputs")
+        return self._latency
+
+    def _distinct(self, scores: Mapping[str, Values], thresholds: Values) -> Values:
+        """Thresholds whose plans differ by `LATENCY_STEP` of the MACs, as each look takes time."""
+        chosen = [float(thresholds[-1])]
+        after = self._counted(self._above(scores, chosen[0]))
+        for threshold in thresholds[:: -max(len(thresholds) // 400, 1)].tolist():
+            cost = self._counted(self._above(scores, threshold))
+            if cost - after >= LATENCY_STEP:
+                chosen.append(threshold)
+                after = cost
+        return np.array(chosen[::-1])
+
+    def _smallest(self) -> PruningPlan:
+        flat = {g.name: np.zeros(g.size) for g in self.groups}
+        return self._complete({name: s > 0 for name, s in flat.items()}, flat)
+
+    def _require_reachable(self) -> None:
+        """Check that the budget leaves room for the least width of every group."""
+        if self.budget is None:
+            return
+        least = self._cost(self._smallest())
+        if least > self.budget:
+            raise TargetError(
+                f"the target keeps {self.budget:.1%} of the {COSTS[str(self.target.cost)]}, but "
+                f"with the least width of every group (one unit unless bounded) this network "
+                f"still keeps {least:.1%}; choose a larger target"
+            )
+
+    def _training_budget(self) -> float | None:
+        """The budget that noise training works towards, as a share of what `expected` counts.
+
+        A latency is translated by a plan that keeps the same share of every group and just meets
+        it: the MACs of that plan.
+        """
+        if self.target.cost != "latency" or self.budget is None:
+            return self.budget
+        ranks = {g.name: (np.arange(g.size) + 0.5) / g.size for g in self.groups}
+        return self._counted(self._within(ranks))
+
+
+def _chosen_groups(analysis: Analysis, target: Target) -> tuple[ChannelGroup, ...]:
+    names = [n for g in analysis.groups for n in (g.name, *g.producers)]
+    for pattern in (*target.include, *target.exclude, *target.widths):
+        if not any(matches(name, [pattern]) for name in names):
+            raise TargetError(
+                f"the pattern {pattern!r} of the target matches no prunable layer; there are: "
+                f"{', '.join(g.name for g in analysis.groups)}"
+            )
+    chosen = tuple(
+        group
+        for group in analysis.groups
+        if (not target.include or _matches(group, target.include))
+        and not _matches(group, target.exclude)
+    )
+    if not chosen and analysis.groups:
+        raise NothingToPruneError("include and exclude of the target leave no group to prune")
+    return chosen
+
+
+def _matches(group: ChannelGroup, patterns: Iterable[str]) -> bool:
+    return any(matches(name, patterns) for name in (group.name, *group.producers))
+
+
+def _units(bound: Width, size: int, default: int) -> int:
+    """A bound as a number of units; shares are rounded."""
+    if bound is None:
+        return default
+    return round(bound * size) if isinstance(bound, float) else int(bound)
+
+
+def _channels_per_unit(analysis: Analysis, group: ChannelGroup) -> int:
+    """How many channels of a producer go with one unit: the width of a head, for example."""
+    member = np.zeros(len(analysis.channel), dtype=bool)
+    member[group.channels] = True
+    counts = [
+        int(member[analysis.channel[atoms]].sum()) // group.size
+        for (name, _), atoms in analysis.axes.items()
+        if name.rpartition(".")[0] in group.producers or name in group.producers
+    ]
+    return min((c for c in counts if c), default=1)
