@@ -73,7 +73,7 @@ def tables(rows: Iterable[Row], tablefmt: str = "simple") -> str:
     """One section per network, data set and budget of training."""
     settings: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        kind = (row["network"], row["data"], row["images"], row["epochs"])
+        kind = (row["network"], row["data"], row["images"], row["epochs"], row["noise_share"])
         settings.setdefault(kind, []).append(row)
     order = list(TITLES)
     kinds = sorted(settings, key=lambda kind: (order.index(kind[0]), *kind[1:]))
@@ -93,7 +93,8 @@ def section(rows: Sequence[Row], tablefmt: str = "simple") -> str:
     dense = {f"{100 * row['dense_accuracy']:.2f}" for row in done}
     parts = [
         f"## {TITLES[network]}, {data}",
-        f"{first['images']} training images, {first['epochs']:g} epochs in all, "
+        f"{first['images']} training images, {first['epochs']:g} epochs in all ("
+        f"{first['noise_share']:.0%} of them before the cut, where a method trains there), "
         f"{first['test_images']} test images. Dense: {', '.join(sorted(dense)) or '?'} %.",
         _table(rows, "accuracy", tablefmt),
         "Right after the cut, before fine-tuning:",

@@ -83,7 +83,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.shortcut = (
+        self.shortcut: nn.Module = (
             nn.Identity() if stride == 1 else ZeroPaddedShortcut(planes_in, planes, stride)
         )
 

@@ -66,6 +66,7 @@ METHODS = {
     "tp-group-norm": Settings(),
     "tp-group-norm-global": Settings(global_ranking=True),
     "tp-sparse": Settings(global_ranking=True, sparse=True, normalizer="max"),
+    "tp-sparse-local": Settings(sparse=True, normalizer="max"),
     "tp-inner": Settings(inner_only=True),
     "tp-inner-global": Settings(inner_only=True, global_ranking=True),
 }

@@ -247,7 +247,12 @@ ADAPTATION_EPOCHS, ADAPTATION_LR = 4, 0.02
 
 
 def adapted_resnet(
-    name: str, data: ImageData, weights_dir: str | Path | None, images: int
+    name: str,
+    data: ImageData,
+    weights_dir: str | Path | None,
+    images: int,
+    *,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """The published weights, adapted to the images at hand by a few epochs; cached.
 
@@ -256,6 +261,7 @@ def adapted_resnet(
         data: Images that the weights were not trained on: CIFAR-10's, JPEG-compressed.
         weights_dir: The folder that holds the published weights.
         images: How many of the training images to use.
+        device: Where to train; the result is on the CPU.
     """
     path = cache_dir() / f"{name}-{data.name}-{images}.pt".replace(" ", "")
     model = RESNETS[name](weights_dir)
@@ -263,7 +269,9 @@ def adapted_resnet(
         model.load_state_dict(torch.load(path, weights_only=True))
     else:
         torch.manual_seed(0)
+        model.to(device)
         train_dense(model, training_loader(data, images, 0), ADAPTATION_EPOCHS, ADAPTATION_LR)
+        model.cpu()
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
     return model.eval()

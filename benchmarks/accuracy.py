@@ -24,6 +24,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ NETWORKS = ("lenet300100", "lenet5", "resnet20", "resnet56", "vgg16_bn")
 WITHOUT_BATCHNORM = ("lenet300100", "lenet5")
 LEARNING_RATES = {"lenet300100": 0.02, "lenet5": 0.02}
 LEARNING_RATE = 0.01
+ADAPTATION_IMAGES = 10_000  # of the JPEG version, whatever number the rows use
 
 NOISE = ("rbp", "sbp", "bmrs-n", "bmrs-u", "mackay")
 TRAINED = (*NOISE, "auto-balanced")
@@ -97,9 +99,14 @@ def main() -> None:
         merge(record, options.merge)
     else:
         run_missing(record, main_record, options)
-    print(tables(record.rows.values()))
+    rows = sorted(record.rows.values(), key=_place)
+    print(tables(rows))
     if options.markdown:
-        write_aside(options.markdown, page(record.rows.values(), record.environments))
+        write_aside(options.markdown, page(rows, record.environments))
+
+
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    return METHODS.index(row["method"]), MODES.index(row["mode"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -257,10 +264,9 @@ class _Loaded:
             return dense_vgg16_bn(seed, data, device=options.device)
         if options.data == "original":
             return RESNETS[network](options.data_dir)  # trained on these very images
-        return adapted_resnet(network, data, options.data_dir, ADAPTATION_IMAGES)
-
-
-ADAPTATION_IMAGES = 10_000
+        return adapted_resnet(
+            network, data, options.data_dir, ADAPTATION_IMAGES, device=options.device
+        )
 
 
 def run(
@@ -274,6 +280,7 @@ def run(
         "images": len(loader.dataset),
         "test_images": len(data.test_images),
         "epochs": budget.epochs,
+        "noise_share": budget.noise_share,
         "noise_epochs": 0,
     }
     started = time.perf_counter()
@@ -297,8 +304,9 @@ def _with_rbpfx(
 ) -> dict[str, Any]:
     recursion: Recursion | None = None
     if case.method in TRAINED or case.mode == "recursive":
-        front = {"front": 0.0} if case.mode == "joint" else {}
-        recursion = Recursion(epochs=budget.noise_epochs, **front)
+        recursion = Recursion(epochs=budget.noise_epochs)
+        if case.mode == "joint":
+            recursion = replace(recursion, front=0.0)
     noise_epochs = budget.noise_epochs if recursion else 0
     lr = LEARNING_RATES.get(case.network, LEARNING_RATE)
     result = prune(

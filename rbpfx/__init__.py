@@ -39,6 +39,7 @@ from rbpfx.methods import (
 )
 from rbpfx.plan import PruningPlan
 from rbpfx.prune import prune
+from rbpfx.rebinding import rebind
 from rbpfx.report import Figures, Report
 from rbpfx.result import Front, PruningResult
 from rbpfx.selection import Reached, Selection
@@ -46,6 +47,7 @@ from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune
 from rbpfx.training.recursion import Progress
 from rbpfx.training.schedule import Recursion
+from rbpfx.training.settings import Training
 
 __version__ = "0.1.0"
 
@@ -88,6 +90,7 @@ __all__ = [
     "Target",
     "TargetError",
     "Taylor",
+    "Training",
     "VerificationError",
     "__version__",
     "analyze",
@@ -98,6 +101,7 @@ __all__ = [
     "measure_latency",
     "noise_gates",
     "prune",
+    "rebind",
     "register_rule",
     "rewrite",
     "trace",

@@ -26,6 +26,7 @@ from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune
 from rbpfx.training.recursion import RecursiveTraining
 from rbpfx.training.schedule import Recursion
+from rbpfx.training.settings import Training
 from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task, batch_size
 
 CAPTURE_TOLERANCE = 1e-4
@@ -49,6 +50,7 @@ def prune(
     recursion: Recursion | None = None,
     recovery: FineTune | None = None,
     distill: bool = False,
+    training: Training | None = None,
     leaf_modules: Iterable[LeafModule] = (),
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -78,6 +80,8 @@ def prune(
             weights train on.
         recovery: How the result is fine-tuned.
         distill: Learn half from the outputs of the dense network (classifiers only).
+        training: How a training step is carried out, of gates and of weights: mixed precision,
+            channels_last, torch.compile, gradient accumulation, a step of your own.
         leaf_modules: Module classes or names that are not traced into.
         device: Where to work and to leave the result; by default where the model is.
         seed: Seed of torch's random numbers. Its generators are left as they were.
@@ -110,6 +114,9 @@ def prune(
     task = Task(loss_fn, forward, device)
     if distill and forward is not None:
         raise InputError("distill=True needs class scores; it does not go with forward=...")
+    training = training or Training()
+    if distill and training.train_step is not None:
+        raise InputError("distill=True does not go with a train_step of your own; distil in it")
     _require_repeatable(loader, val_loader)
     evaluate = _evaluation(task, metric, val_loader)
 
@@ -136,12 +143,12 @@ def prune(
         noisy = insert_noise(gm, analysis, method, groups=[g.name for g in selection.groups])
         teacher = dense.eval() if distill else None
         settings = recursion or method.recursion()
-        training = RecursiveTraining(noisy, selection, method, task, settings, teacher)
+        gates = RecursiveTraining(noisy, selection, method, task, settings, teacher, training)
         if method.trains or recursion is not None:
             with Bar("noise", progress, lambda: evaluate(noisy)) as bar:
-                training.run(loader, bar.noise if progress else None)
+                gates.run(loader, bar.noise if progress else None)
         else:
-            training.decide(loader)
+            gates.decide(loader)
         _take_weights(gm, noisy)
     emission = Emission(
         original=dense,
@@ -149,10 +156,10 @@ def prune(
         analysis=analysis,
         method=method,
         target=target,
-        scores=training.scores,
-        needed=training.needed,
-        multipliers=training.multipliers,
-        history=training.history,
+        scores=gates.scores,
+        needed=gates.needed,
+        multipliers=gates.multipliers,
+        history=gates.history,
         task=task,
         loader=loader,
         inputs=inputs,
@@ -160,6 +167,7 @@ def prune(
         evaluate=evaluate,
         accuracy=accuracy,
         recovery=recovery,
+        training=training,
         distill=distill,
         meter=meter,
         progress=progress,

@@ -28,6 +28,7 @@ from rbpfx.selection import LatencyMeter, Selection, Units, Values
 from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune, finetune
 from rbpfx.training.loop import refresh_batchnorm
+from rbpfx.training.settings import Training
 from rbpfx.training.task import Loader, Task
 
 VERIFIED_EXAMPLES = 2
@@ -132,6 +133,7 @@ class Emission:
         evaluate: The user's metric of a network, or None if there is no validation set.
         accuracy: That of the dense network.
         recovery: How networks are fine-tuned.
+        training: How a training step is carried out.
         distill: Whether they learn from the original.
         meter: Measures latency, for latency targets.
         progress: Whether to show progress bars.
@@ -156,6 +158,7 @@ class Emission:
     evaluate: Callable[[nn.Module], float | None]
     accuracy: float | None
     recovery: FineTune
+    training: Training
     distill: bool
     meter: Callable[[Target | None], LatencyMeter | None]
     progress: bool
@@ -219,7 +222,13 @@ class Emission:
             teacher = self.original.eval() if self.distill else None
             with Bar("fine-tuning", self.progress, lambda: self.evaluate(pruned)) as bar:
                 finetune(
-                    pruned, self.loader, self.task, recovery or self.recovery, teacher, bar.steps
+                    pruned,
+                    self.loader,
+                    self.task,
+                    recovery or self.recovery,
+                    teacher,
+                    bar.steps,
+                    self.training,
                 )
         networks = [self.original, pruned]
         latency = {

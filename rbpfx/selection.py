@@ -158,11 +158,11 @@ class Selection:
     def _filled(self, plan: PruningPlan, scores: Mapping[str, Values]) -> PruningPlan:
         """Spend what is left of the budget: widen group after group, the best score first."""
         assert self.budget is not None
-        full = set()
+        full: set[str] = set()
         while True:
             kept = self._kept(plan)
             wider = [
-                (scores[name][~units].max(), name, size)
+                (float(scores[name][~units].max()), name, size)
                 for name, units in kept.items()
                 if name not in full and (size := self._next_width(name, int(units.sum())))
             ]

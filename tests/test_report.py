@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from rbpfx import Figures, Report
+from rbpfx import Figures, Reached, Report
 
 REPORT = Report(
     method="rbp",
@@ -15,7 +15,7 @@ REPORT = Report(
     pruned=Figures(1_000_000, 10_000_000, {1: 0.004, 64: 0.04}, 0.905),
     widths={"stem": (64, 16), "layer1.conv1": (32, 32)},
     verification_error=3.2e-16,
-    target=0.25,
+    target=Reached("macs", 0.25, 0.25),
     frozen={"head": "output of the model"},
     accuracy_after_cut=0.7,
     device="cpu (4 threads)",

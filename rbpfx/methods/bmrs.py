@@ -86,18 +86,16 @@ def delta_f_u(mu: Tensor, log_sigma: Tensor, bits: int = 8) -> Tensor:
 
 
 class BMRSGate(SBPGate):
-    """The noise of Structured Bayesian Pruning, decided by the evidence."""
+    """The noise of Structured Bayesian Pruning, decided by the evidence.
+
+    While a budget is being trained for, units count as open by their signal-to-noise ratio, as in
+    SBP: the evidence for a unit stays overwhelming until shortly before it turns, and would give
+    the projection no hold.
+    """
 
     @abstractmethod
     def delta_f(self) -> Tensor:
         """Gain in log evidence if the unit is switched off, `(size,)`."""
-
-    def openness(self, sharpness: float) -> Tensor:
-        """Posterior probability of the full model against the reduced one, `(size,)`.
-
-        With a sharpness s other than 1 the posterior odds are raised to the power s.
-        """
-        return torch.sigmoid(-sharpness * self.delta_f())
 
     def score(self) -> Tensor:
         """Log evidence for the unit, -dF, `(size,)`."""

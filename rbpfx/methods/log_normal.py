@@ -31,6 +31,22 @@ FAR = 12.0
 """Standard deviations after which nothing is left of the density, even weighted by theta^2."""
 
 
+def hold(x: Tensor, low: float, high: float) -> Tensor:
+    """Clamp to [low, high], with a gradient of 1 at the ends themselves, where parameters start.
+
+    `torch.clamp` has a gradient of 0 there in some releases, and a parameter would never leave.
+
+    Args:
+        x: Any shape.
+        low: Least value.
+        high: Largest value.
+
+    Returns:
+        Clamped values, same shape.
+    """
+    return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
+
+
 def widen(mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:
     """The parameters mu and sigma in float64, or as they are where the device has no float64.
 
@@ -113,8 +129,8 @@ def kl_to_log_uniform(mu: Tensor, log_sigma: Tensor) -> Tensor:
 def _gauss_legendre(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Nodes and log weights on [-1, 1], `(NODES,)` each."""
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    kind = {"dtype": dtype, "device": device}
-    return torch.tensor(nodes, **kind), torch.tensor(np.log(weights), **kind)
+    both = torch.tensor(np.stack([nodes, np.log(weights)]), dtype=dtype, device=device)
+    return both[0], both[1]
 
 
 def _mean_and_spread(mu: Tensor, log_sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from rbpfx.graph.groups import ChannelGroup
 from rbpfx.methods.base import Method, NoiseGate, Phase
+from rbpfx.methods.log_normal import hold
 
 PRECISION_LOW, PRECISION_HIGH = 1e-6, 1e9
 """What alpha is clipped to."""
-LOG_STD_LOW, LOG_STD_HIGH = -10.0, 3.0
-"""What log s is clamped to; 1 / s^2 stays within the range of alpha."""
-SMALLEST_SQUARE = 1e-12
-"""Added to m^2 in logarithms and fractions, so that m = 0 has finite ones."""
+LOG_LOW, LOG_HIGH = -10.0, 3.0
+"""What log m and log s are clamped to; 1 / s^2 stays within the range of alpha."""
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, precision: Tensor) -> Tensor:
@@ -73,7 +72,9 @@ def next_precision(mean: Tensor, log_std: Tensor, precision: Tensor) -> Tensor:
     """
     square = mean.square()
     gamma = relevance(mean, log_std, precision)
-    target = (gamma / square.clamp(min=SMALLEST_SQUARE)).clamp(PRECISION_LOW, PRECISION_HIGH)
+    target = (gamma / square.clamp(min=torch.finfo(square.dtype).tiny)).clamp(
+        PRECISION_LOW, PRECISION_HIGH
+    )
     share = square / (square + torch.exp(2 * log_std))
     log_precision = torch.log(precision)
     step = share * (torch.log(target) - log_precision)
@@ -82,6 +83,9 @@ def next_precision(mean: Tensor, log_std: Tensor, precision: Tensor) -> Tensor:
 
 class MacKayGate(NoiseGate):
     """Gaussian noise with a mean, a deviation and an estimated prior precision per unit.
+
+    The mean is kept as its logarithm. A linear one would be carried across 0 and open the unit
+    again when a budget pushes it far in one step.
 
     Args:
         size: Number of units.
@@ -96,15 +100,15 @@ class MacKayGate(NoiseGate):
 
     def __init__(self, size: int, foldable: bool = True, initial_log_std: float = -3.0) -> None:
         super().__init__(size, foldable)
-        self.location = nn.Parameter(torch.ones(size))
+        self.log_mean = nn.Parameter(torch.zeros(size))
         self.log_std = nn.Parameter(torch.full((size,), initial_log_std))
         _, log_std = self.posterior()
         fixed_point = 1 / (1 + torch.exp(2 * log_std.detach()))
         self.register_buffer("precision", fixed_point)
 
     def posterior(self) -> tuple[Tensor, Tensor]:
-        """m, and log s clamped to its range, `(size,)` each."""
-        return self.location, self.log_std.clamp(LOG_STD_LOW, LOG_STD_HIGH)
+        """m, positive, and log s, both within their ranges, `(size,)` each."""
+        return self._log_mean().exp(), hold(self.log_std, LOG_LOW, LOG_HIGH)
 
     def sample(self, rows: int) -> Tensor:
         """`m + s n` with n standard normal, `(rows, size)`."""
@@ -114,7 +118,7 @@ class MacKayGate(NoiseGate):
 
     def mean(self) -> Tensor:
         """m, `(size,)`."""
-        return self.location
+        return self._log_mean().exp()
 
     def penalty(self, strength: float, examples: int) -> Tensor:
         """KL at the present alpha per unit and example, `(size,)`; 1 is the evidence bound."""
@@ -128,11 +132,11 @@ class MacKayGate(NoiseGate):
         return 0.5 * torch.nn.functional.softplus(2 * self._log_snr())
 
     def openness(self, sharpness: float) -> Tensor:
-        """`r^s / (1 + r^s)` with r = |m| / s and the sharpness s, `(size,)`; gamma at 2. (Ours.)"""
+        """Ours: `r^s / (1 + r^s)`, r = m / s, s the sharpness, `(size,)`; gamma at s = 2."""
         return torch.sigmoid(sharpness * self._log_snr())
 
     def score(self) -> Tensor:
-        """Log of the signal-to-noise ratio |m| / s, `(size,)`."""
+        """Log of the signal-to-noise ratio m / s, `(size,)`."""
         return self._log_snr().detach()
 
     def needed(self) -> Tensor:
@@ -144,17 +148,20 @@ class MacKayGate(NoiseGate):
         return self.score() > 0
 
     def update(self) -> None:
-        """One step of alpha; log s back into its range, beyond which it would get no gradient."""
+        """One step of alpha; log m and log s back into their range, as gradients end there."""
         if self.phase is Phase.NOISY:
             with torch.no_grad():
                 mean, log_std = self.posterior()
+                self.log_mean.copy_(self._log_mean())
                 self.log_std.copy_(log_std)
                 self.precision.copy_(next_precision(mean, log_std, self.precision))
 
+    def _log_mean(self) -> Tensor:
+        return hold(self.log_mean, LOG_LOW, LOG_HIGH)
+
     def _log_snr(self) -> Tensor:
-        """log(|m| / s), with a floor under |m|."""
-        mean, log_std = self.posterior()
-        return 0.5 * torch.log(mean.square() + SMALLEST_SQUARE) - log_std
+        """log(m / s), `(size,)`."""
+        return self._log_mean() - hold(self.log_std, LOG_LOW, LOG_HIGH)
 
 
 @dataclass(frozen=True)

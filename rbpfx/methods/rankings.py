@@ -84,12 +84,12 @@ class TaylorGate(Gate):
 
     Args:
         group: The channel group.
-        scope: See `in_scope`; None compares the changes of the loss as they are.
+        scope: See `in_scope`.
     """
 
     changes: Tensor
 
-    def __init__(self, group: ChannelGroup, scope: str | None) -> None:
+    def __init__(self, group: ChannelGroup, scope: str) -> None:
         super().__init__(group.size, group.foldable)
         self.scope = scope
         self.register_buffer("changes", torch.zeros(group.size))
@@ -109,7 +109,7 @@ class TaylorGate(Gate):
 
     def score(self) -> Tensor:
         """Sum over the examples of |gradient x activation|, `(size,)`."""
-        return self.changes if self.scope is None else in_scope(self.changes, self.scope)
+        return in_scope(self.changes, self.scope)
 
 
 class RandomGate(Gate):
@@ -188,17 +188,15 @@ class Taylor(Ranking):
     """First-order Taylor expansion of the loss (Molchanov et al., ICLR 2017, arXiv 1611.06440).
 
     Attributes:
-        scope: None compares the estimated changes of the loss between groups as they are;
-            "local" and "global" as for `Magnitude`.
+        scope: How groups are compared: "l2", as published, "global" or "local".
     """
 
-    scope: str | None = None
+    scope: str = "l2"
     name = "taylor"
     observes = True
 
     def __post_init__(self) -> None:
-        if self.scope is not None:
-            require_scope(self.scope)
+        require_scope(self.scope)
 
     def gate(self, group: ChannelGroup) -> Gate:
         """A gate of ones that watches its gradient."""

@@ -45,8 +45,9 @@ class SBPGate(NoiseGate):
 
     def posterior(self) -> tuple[Tensor, Tensor]:
         """Mu and log sigma, clamped to where the formulas hold, `(size,)` each."""
-        mu = self.mu.clamp(log_normal.LOW, log_normal.HIGH)
-        return mu, self.log_sigma.clamp(log_normal.LOG_SIGMA_LOW, log_normal.LOG_SIGMA_HIGH)
+        mu = log_normal.hold(self.mu, log_normal.LOW, log_normal.HIGH)
+        low, high = log_normal.LOG_SIGMA_LOW, log_normal.LOG_SIGMA_HIGH
+        return mu, log_normal.hold(self.log_sigma, low, high)
 
     def sample(self, rows: int) -> Tensor:
         """Draws in [exp(-20), 1], `(rows, size)`."""

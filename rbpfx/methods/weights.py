@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rbpfx.errors import RbpfxError
 from rbpfx.graph.groups import Analysis, ChannelGroup
 
-SCOPES = ("local", "global")
+SCOPES = ("local", "global", "l2")
 
 
 class UnitWeights:
@@ -71,13 +71,17 @@ def in_scope(score: Tensor, scope: str) -> Tensor:
         score: One per unit, `(size,)`.
         scope: "local" for the rank within the group as a share, in (0, 1), so that one threshold
             keeps the same share of every group; "global" for the score divided by the group's
-            mean, so that groups with few outstanding units lose more.
+            mean, so that groups with few outstanding units lose more; "l2" for the score divided
+            by the L2 norm of the group's scores, so that, beside that, units of large groups go
+            first (Molchanov et al., ICLR 2017).
 
     Returns:
         `(size,)`, in the same order.
     """
     if scope == "global":
         return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+    if scope == "l2":
+        return score / score.norm().clamp_min(torch.finfo(score.dtype).tiny)
     rank = score.argsort(stable=True).argsort(stable=True).to(score.dtype)
     return (rank + 0.5) / len(score)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from math import isfinite
 from typing import Any
@@ -65,25 +65,6 @@ def steps_per_epoch(loader: Loader, accumulate: int = 1) -> int:
     except TypeError:
         length = sum(1 for _ in loader)
     return -(-length // accumulate)
-
-
-def gradient_step(
-    loss: Tensor,
-    optimizers: Iterable[torch.optim.Optimizer],
-    on_divergence: Callable[[], Exception],
-) -> None:
-    """One step of every optimiser.
-
-    Raises:
-        Exception: What `on_divergence` returns, if the loss is not finite; nothing is updated.
-    """
-    if not isfinite(float(loss.detach())):
-        raise on_divergence()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -16,20 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rbpfx.errors import DivergenceError, InputError
+from rbpfx.errors import DivergenceError
 from rbpfx.graph.capture import evaluating
 from rbpfx.methods import Gate, Method, Phase, noise_gates
 from rbpfx.plan import PruningPlan
 from rbpfx.selection import Selection, Units, Values
 from rbpfx.training.budget import BudgetProjection
-from rbpfx.training.loop import (
-    batches,
-    gradient_step,
-    snapshot,
-    steps_per_epoch,
-    still_finite,
-)
+from rbpfx.training.engine import Stepper
+from rbpfx.training.loop import batches, grouped, snapshot, steps_per_epoch, still_finite
 from rbpfx.training.schedule import Evidence, Recursion, Schedule
+from rbpfx.training.settings import Training
 from rbpfx.training.task import Loader, Task, examples_in
 
 
@@ -71,6 +67,7 @@ class RecursiveTraining:
         task: Turns batches into losses.
         settings: How.
         teacher: Network whose outputs are imitated in half of the loss.
+        training: How a training step is carried out.
 
     Attributes:
         scores: Group name -> score of every unit, once it is hardened; those of removed units
@@ -88,6 +85,7 @@ class RecursiveTraining:
         task: Task,
         settings: Recursion,
         teacher: torch.nn.Module | None = None,
+        training: Training | None = None,
     ) -> None:
         self.noisy = noisy
         self.selection = selection
@@ -96,6 +94,7 @@ class RecursiveTraining:
         self.settings = settings
         self.budget = selection.training_budget
         self.teacher = teacher
+        self.training = training or Training()
         self.gates: list[Gate] = noise_gates(noisy)
         self.weights = self._unit_weights()
         self.strength = settings.strength if settings.strength is not None else method.strength
@@ -114,49 +113,47 @@ class RecursiveTraining:
             report: Called after every step.
 
         Raises:
-            InputError: The loss does not depend on the network.
+            InputError: The loss does not depend on the network, or a `train_step` hook does not
+                do its part.
             DivergenceError: The loss is no finite number any more; `noisy` is back at the state
                 after the last hardening that was followed by a finite loss.
         """
         settings = self.settings
-        per_epoch = steps_per_epoch(loader)
+        per_epoch = steps_per_epoch(loader, self.training.accumulate)
         steps = max(round(settings.epochs * per_epoch), len(self.gates))
         examples = examples_in(loader)
         good = latest = self._state()
         optimizers = self._optimizers()
+        stepper = Stepper(
+            self.noisy,
+            self.task,
+            self.training,
+            optimizers,
+            teacher=self.teacher,
+            penalty=lambda: self._penalty(examples),
+        )
         schedule = Schedule.plan(len(self.gates), steps, settings)
         evidence = Evidence(max(round(settings.patience * per_epoch), 1), settings.tolerance)
         strength = self.strength if self.budget is None else 0.0
         front = 0
-        for step, batch in enumerate(batches(loader, steps)):
+        for step, group in enumerate(grouped(loader, steps, self.training.accumulate)):
             for index, gate in enumerate(self.gates[front:], start=front):
                 gate.phase = schedule.phase(index, front)
             if step % per_epoch == 0:
                 self._begin_epoch(step)
-            self.noisy.train()
-            loss = self.task.loss(self.noisy, batch, self.teacher)
-            if not loss.requires_grad:
-                raise InputError(
-                    "the loss does not depend on the network: it was detached, or computed under "
-                    "torch.no_grad() or by operations without a gradient"
-                )
-            penalty = self._penalty(examples)
-            gradient_step(
-                loss + penalty,
-                optimizers,
-                lambda: self._diverged(good, front, step),  # noqa: B023
-            )
+            losses = stepper.step(group, lambda: self._diverged(good, front, step))  # noqa: B023
             good = latest
-            for gate in self.gates[front:]:
-                gate.update()
             if self.budget is not None and self.method.trains:
                 self.sharpness = schedule.sharpness(step, settings.sharpness)
                 strength = self.projection.apply(optimizers[0], schedule.budget(step, self.budget))
-            bound = float(loss.detach() + penalty.detach())
+            for gate in self.gates[front:]:
+                gate.update()
+            bound = float(losses.data + losses.penalty)
             if front == 0 and self.budget is None and evidence.settled(bound):
                 schedule = schedule.started(step + 1)
             hardens = front < len(self.gates) and schedule.hardens(step, front)
             if report is not None or hardens:
+                loss = float(losses.data)
                 reached = self._progress(step, schedule.steps, front, loss, bound, strength)
             while front < len(self.gates) and schedule.hardens(step, front):
                 self._harden(self.gates[front])
@@ -167,7 +164,7 @@ class RecursiveTraining:
                 report(reached)
             if front == len(self.gates):
                 break
-        if not still_finite(self.noisy, batch, self.task):
+        if not still_finite(self.noisy, group[-1], self.task):
             raise self._diverged(good, front, step)
 
     def decide(self, loader: Loader, max_batches: int = 64) -> None:
@@ -224,7 +221,7 @@ class RecursiveTraining:
     def _score(self, gate: Gate) -> Tensor:
         """Scores, `(size,)`; units that were removed for good come last."""
         score = gate.score()
-        return torch.where(gate.alive, score, score.min() - 1)
+        return torch.where(gate.alive, score, score.min() - score.min().abs() - 1)
 
     def _choice(self) -> dict[str, Tensor]:
         """What the target keeps by the present scores: group name -> boolean `(size,)`."""
@@ -328,12 +325,11 @@ class RecursiveTraining:
         step: int,
         steps: int,
         front: int,
-        loss: Tensor,
+        loss: float,
         bound: float,
         strength: float,
     ) -> Progress:
         group = self.gates[min(front, len(self.gates) - 1)].group
         cost = self.expected_cost()
         open_gates = sum(int((self._openness(gate) > 0.5).sum()) for gate in self.gates)
-        value = float(loss.detach())
-        return Progress(step + 1, steps, group, front, value, bound, strength, cost, open_gates)
+        return Progress(step + 1, steps, group, front, loss, bound, strength, cost, open_gates)

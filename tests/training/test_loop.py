@@ -13,7 +13,6 @@ from rbpfx import InputError
 from rbpfx.graph.capture import keeping_modes
 from rbpfx.training.loop import (
     batches,
-    gradient_step,
     grouped,
     refresh_batchnorm,
     snapshot,
@@ -79,25 +78,6 @@ class TestGroups:
     def test_errors(self, loader: object, message: str) -> None:
         with pytest.raises(InputError, match=message):
             list(grouped(loader, 2, 2))
-
-
-class TestGradientStep:
-    def test_every_optimiser_steps(self) -> None:
-        a, b = (nn.Parameter(torch.ones(())) for _ in range(2))
-        optimizers = [torch.optim.SGD([p], 0.5) for p in (a, b)]
-        for _ in range(2):
-            gradient_step(a + 2 * b, optimizers, RuntimeError)
-        assert (a.item(), b.item()) == (0, -1)
-
-    @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-    def test_nothing_is_updated_by_a_loss_that_is_not_finite(self, factor: float) -> None:
-        a = nn.Parameter(torch.ones(()))
-        with pytest.raises(ZeroDivisionError, match="told"):
-            gradient_step(
-                a * factor, [torch.optim.SGD([a], 0.5)], lambda: ZeroDivisionError("told")
-            )
-        assert a.item() == 1
-        assert a.grad is None
 
 
 def test_a_snapshot_is_a_copy() -> None:

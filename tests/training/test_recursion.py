@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rbpfx import (
+    RBP,
     Analysis,
     DivergenceError,
     InputError,
     Progress,
     RbpfxError,
     Recursion,
+    Selection,
+    Target,
     analyze,
     insert_noise,
     trace,
@@ -60,8 +63,10 @@ def recursive(
 ) -> RecursiveTraining:
     gm = trace(model, BATCHES[0][0])
     analysis = analyze(gm)
-    noisy = insert_noise(gm, analysis)
-    return RecursiveTraining(noisy, analysis, task or Task(), Recursion(**settings), budget)
+    method = RBP()
+    noisy = insert_noise(gm, analysis, method)
+    selection = Selection(analysis, None if budget is None else Target(macs=budget))
+    return RecursiveTraining(noisy, selection, method, task or Task(), Recursion(**settings))
 
 
 def phases_per_step(training: RecursiveTraining) -> list[list[Phase]]:
@@ -147,7 +152,7 @@ class TestRecords:
     def test_scores_and_multipliers_of_all_units(self) -> None:
         training = recursive(FourGroups(), 0.4, epochs=2)
         training.run(BATCHES)
-        sizes = {group.name: group.size for group in training.analysis.groups}
+        sizes = {group.name: group.size for group in training.selection.analysis.groups}
         assert {name: score.shape for name, score in training.scores.items()} == {
             name: (size,) for name, size in sizes.items()
         }
@@ -160,11 +165,11 @@ class TestRecords:
 
     def test_a_group_that_cannot_be_folded_stays_at_one(self) -> None:
         training = recursive(Tied(), epochs=1)
-        assert not all(g.foldable for g in training.analysis.groups)
+        assert not all(g.foldable for g in training.selection.analysis.groups)
         training.run(BATCHES)
         for gate in training.gates:
             ones = (training.multipliers[gate.group] == 1).all()
-            assert ones == (not training.analysis.group(gate.group).foldable)
+            assert ones == (not training.selection.analysis.group(gate.group).foldable)
 
     def test_the_plan_follows_the_scores(self) -> None:
         training = recursive(FourGroups(), 0.4, epochs=2)
@@ -191,15 +196,15 @@ class TestStrength:
         training = recursive(dense, strength=0.3, noise_lr=0.2, epochs=5)
         training.run(BATCHES)
         plan = training.plan()
-        for group in training.analysis.groups:
+        for group in training.selection.analysis.groups:
             kept = plan.kept.get(group.name, tuple(range(group.size)))
             assert kept == tuple(np.flatnonzero(training.needed[group.name]))
 
     def test_cost_weighs_the_divergence(self, dense: nn.Module) -> None:
         aware = recursive(dense, cost_aware=True)
         blind = recursive(dense, cost_aware=False)
-        sizes = [group.size for group in aware.analysis.groups]
-        costs = [group.macs_per_unit for group in aware.analysis.groups]
+        sizes = [group.size for group in aware.selection.analysis.groups]
+        costs = [group.macs_per_unit for group in aware.selection.analysis.groups]
         weights = [float(w) for w in aware.weights]
         assert weights[0] / weights[1] == pytest.approx(costs[0] / costs[1])
         assert np.dot(weights, sizes) == pytest.approx(sum(sizes))
@@ -220,7 +225,7 @@ class TestBudget:
     ) -> None:
         training = recursive(dense, budget, window=window, epochs=2)
         training.run(BATCHES)
-        assert share(training.analysis, training) <= budget
+        assert share(training.selection.analysis, training) <= budget
 
     def test_the_expected_cost_follows_it_down(self, dense: nn.Module) -> None:
         training = recursive(dense, 0.4, epochs=5)
