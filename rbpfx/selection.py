@@ -190,7 +190,8 @@ class Selection:
         for name, units in needed.items():
             allowed = self._allowed[name]
             count = int(units.sum())
-            wanted = int(allowed[min(np.searchsorted(allowed, count), len(allowed) - 1)])
+            place = min(int(np.searchsorted(allowed, count)), len(allowed) - 1)
+            wanted = int(allowed[place])
             kept[name] = np.flatnonzero(self._widened(units, scores[name], wanted)).tolist()
         analysis = self.analysis
         keep = analysis.keep(PruningPlan(kept))

@@ -18,7 +18,7 @@ from rbpfx.methods.base import Gate, Method
 from rbpfx.methods.weights import UnitWeights, in_scope, require_scope
 
 SMALLEST = 1e-6
-"""Importance of a filter, as a share of the weakest that stays, below which it counts as this."""
+"""Importance of a filter, as a share of the strongest, below which it counts as this."""
 
 
 def balance(importance: Tensor, keep: Tensor) -> Tensor:
@@ -34,8 +34,9 @@ def balance(importance: Tensor, keep: Tensor) -> Tensor:
     Returns:
         `(size,)`, at least 1 where a filter goes and at most -1 where it stays.
     """
-    theta = importance[keep].min()
-    ratio = (importance / theta).clamp_min(SMALLEST)
+    strongest = importance.max().clamp_min(torch.finfo(importance.dtype).tiny)
+    importance = importance.clamp_min(SMALLEST * strongest)
+    ratio = importance / importance[keep].min()
     # A filter to prune may be stronger than theta, if the target changed its mind.
     return torch.where(keep, -1 - ratio.log().clamp_min(0), 1 - ratio.log().clamp_max(0))
 

@@ -78,10 +78,9 @@ def in_scope(score: Tensor, scope: str) -> Tensor:
     Returns:
         `(size,)`, in the same order.
     """
-    if scope == "global":
-        return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
-    if scope == "l2":
-        return score / score.norm().clamp_min(torch.finfo(score.dtype).tiny)
+    if scope != "local":
+        size = score.mean() if scope == "global" else score.square().sum().sqrt()
+        return score / size.clamp_min(torch.finfo(score.dtype).tiny)
     rank = score.argsort(stable=True).argsort(stable=True).to(score.dtype)
     return (rank + 0.5) / len(score)
 
