@@ -22,7 +22,7 @@ def test_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     names = {
         "torch": torch,
         "rbpfx": rbpfx,
-        "model": ShortcutNet(),
+        "model": ShortcutNet(width=32),
         "train_loader": stripes(),
         "val_loader": stripes(),
     }
