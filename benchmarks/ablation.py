@@ -21,7 +21,6 @@ from tabulate import tabulate
 from benchmarks._record import Record
 from rbpfx import FineTune, Recursion, Target, prune
 from rbpfx.demo import digits_loaders, train_digits
-from rbpfx.training.recursion import RecursiveTraining
 
 RESULTS = Path(__file__).parent / "results" / "ablation.json"
 SHARE = 0.05
@@ -30,7 +29,7 @@ VARIANTS = {
     "default": BASE,
     "gates count softly to the end": replace(BASE, sharpness=(2.0, 2.0)),
     "strict recursion (window=1)": replace(BASE, window=1),
-    "joint (all hardened at the end)": replace(BASE, front=0.01),
+    "joint (all hardened at the end)": replace(BASE, front=0),
     "weights frozen while gates decide": replace(BASE, weight_lr=0.0),
     "cost-blind divergence": replace(BASE, cost_aware=False),
     "noise learning rate 0.1": replace(BASE, noise_lr=0.1),
@@ -59,27 +58,19 @@ def run(
     name: str, recursion: Recursion, seed: int, dense: torch.nn.Module, loader: Any, test: Any
 ) -> dict[str, Any]:
     """One row."""
-    gates: list[np.ndarray[Any, Any]] = []
-    plan = RecursiveTraining.plan
-
-    def recorded(training: RecursiveTraining) -> Any:
-        gates.extend(training.scores.values())
-        return plan(training)
-
-    RecursiveTraining.plan = recorded  # type: ignore[method-assign]
-    try:
-        report = prune(
-            dense,
-            loader,
-            val_loader=test,
-            target=Target(macs=SHARE),
-            recursion=recursion,
-            recovery=FineTune(epochs=5),
-            seed=seed,
-            progress=False,
-        ).report
-    finally:
-        RecursiveTraining.plan = plan  # type: ignore[method-assign]
+    result = prune(
+        dense,
+        loader,
+        val_loader=test,
+        target=Target(macs=SHARE),
+        recursion=recursion,
+        recovery=FineTune(epochs=5),
+        seed=seed,
+        progress=False,
+    )
+    report = result.report
+    assert result.emission is not None
+    gates = list(result.emission.scores.values())
     values = np.concatenate(gates)
     return {
         "data": "digits (scikit-learn)",

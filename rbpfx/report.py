@@ -117,6 +117,13 @@ class Report:
         ]
         if self.target is not None:
             lines.append(str(self.target))
+        if all(before == after for before, after in self.widths.values()):
+            lines.append(
+                "nothing was removed: no unit was redundant by the method's own rule. Train longer "
+                "(Recursion(epochs=...)), harder (strength=...), or give a target"
+                if self.target is None
+                else "nothing was removed: the target allows the whole network"
+            )
         if self.excluded:
             lines.append(f"excluded by the target: {', '.join(self.excluded)}")
         if self.frozen:

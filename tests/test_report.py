@@ -98,3 +98,21 @@ def test_json_round_trip() -> None:
 def test_a_cost_of_nothing_is_not_divided_by() -> None:
     nothing = dataclasses.replace(REPORT, pruned=Figures(0, 0, {1: 0.0, 64: 0.0}))
     assert "less" not in str(nothing)
+
+
+def test_a_prune_that_removes_nothing_says_why() -> None:
+    whole = {"stem": (64, 64)}
+    alone = dataclasses.replace(REPORT, widths=whole, target=None)
+    assert "nothing was removed: no unit was redundant by the method's own rule" in str(alone)
+    asked = dataclasses.replace(REPORT, widths=whole, target=Reached("macs", 1.0, 1.0))
+    assert "nothing was removed: the target allows the whole network" in str(asked)
+    assert "nothing was removed" not in str(REPORT)
+
+
+def test_a_target_that_is_missed_from_below_says_so() -> None:
+    coarse = dataclasses.replace(REPORT, target=Reached("params", 0.5, 0.4))
+    assert "target: 50.0% of the parameters, reached 40.0% (the widths are too coarse" in str(
+        coarse
+    )
+    excluded = dataclasses.replace(REPORT, excluded=("stem", "conv"))
+    assert "excluded by the target: stem, conv" in str(excluded)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from rbpfx.errors import DivergenceError
 from rbpfx.graph.capture import evaluating
 from rbpfx.methods import Gate, Method, Phase, noise_gates
-from rbpfx.plan import PruningPlan
 from rbpfx.selection import Selection, Units, Values
 from rbpfx.training.budget import BudgetProjection
 from rbpfx.training.engine import Stepper
@@ -193,10 +192,6 @@ class RecursiveTraining:
         for gate in self.gates:
             shares[gate.group] = waiting if gate.phase is Phase.WAITING else self._openness(gate)
         return self.selection.expected(shares)
-
-    def plan(self) -> PruningPlan:
-        """Which units stay: the highest scores within the budget, or the method's own rule."""
-        return self.selection.plan(self.scores, self.needed)
 
     def _begin_epoch(self, step: int) -> None:
         """Tell the gates what the target would keep; remove what is redundant, if so wished."""

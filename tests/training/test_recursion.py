@@ -16,6 +16,7 @@ from rbpfx import (
     DivergenceError,
     InputError,
     Progress,
+    PruningPlan,
     RbpfxError,
     Recursion,
     Selection,
@@ -174,7 +175,7 @@ class TestRecords:
     def test_the_plan_follows_the_scores(self) -> None:
         training = recursive(FourGroups(), 0.4, epochs=2)
         training.run(BATCHES)
-        plan = training.plan()
+        plan = plan_of(training)
         for name, units in plan.kept.items():
             score = training.scores[name]
             removed = np.setdiff1d(np.arange(len(score)), units)
@@ -195,7 +196,7 @@ class TestStrength:
     def test_the_method_decides_without_a_budget(self, dense: nn.Module) -> None:
         training = recursive(dense, strength=0.3, noise_lr=0.2, epochs=5)
         training.run(BATCHES)
-        plan = training.plan()
+        plan = plan_of(training)
         for group in training.selection.analysis.groups:
             kept = plan.kept.get(group.name, tuple(range(group.size)))
             assert kept == tuple(np.flatnonzero(training.needed[group.name]))
@@ -247,8 +248,12 @@ class TestBudget:
         assert training.expected_cost() == pytest.approx(macs / 44160)
 
 
+def plan_of(training: RecursiveTraining) -> PruningPlan:
+    return training.selection.plan(training.scores, training.needed)
+
+
 def share(analysis: Analysis, training: RecursiveTraining) -> float:
-    return analysis.macs(analysis.keep(training.plan())) / analysis.dense_macs
+    return analysis.macs(analysis.keep(plan_of(training))) / analysis.dense_macs
 
 
 class TestTeacherAndErrors:
