@@ -32,7 +32,7 @@ VARIANTS = {
     "joint (all hardened at the end)": replace(BASE, front=0),
     "weights frozen while gates decide": replace(BASE, weight_lr=0.0),
     "cost-blind divergence": replace(BASE, cost_aware=False),
-    "noise learning rate 0.1": replace(BASE, noise_lr=0.1),
+    "noise learning rate 0.05": replace(BASE, noise_lr=0.05),
 }
 
 

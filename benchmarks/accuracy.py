@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=10_000, help="training images; 0 for all")
     parser.add_argument("--epochs", type=float, default=10, help="of every method, in all")
-    parser.add_argument("--noise-share", type=float, default=0.6, help="of them, before the cut")
+    parser.add_argument("--noise-share", type=float, default=0.5, help="of them, before the cut")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th row, from the i-th on")
@@ -303,12 +303,12 @@ def _with_rbpfx(
     device: torch.device,
 ) -> dict[str, Any]:
     recursion: Recursion | None = None
+    lr = LEARNING_RATES.get(case.network, LEARNING_RATE)
     if case.method in TRAINED or case.mode == "recursive":
-        recursion = Recursion(epochs=budget.noise_epochs)
+        recursion = Recursion(epochs=budget.noise_epochs, weight_lr=lr)
         if case.mode == "joint":
             recursion = replace(recursion, front=0.0)
     noise_epochs = budget.noise_epochs if recursion else 0
-    lr = LEARNING_RATES.get(case.network, LEARNING_RATE)
     result = prune(
         dense,
         loader,

@@ -94,7 +94,7 @@ def run(
         loader,
         val_loader=test,
         unit="feature",
-        recursion=Recursion(epochs=options.noise_epochs, strength=strength),
+        recursion=Recursion(epochs=options.noise_epochs, strength=strength, noise_lr=0.05),
         recovery=FineTune(epochs=options.finetune_epochs, lr=0.02),
         distill=True,
         seed=seed,

@@ -86,8 +86,11 @@ class PruningResult:
         return Front(emission.emit(s, recovery, source=self.source) for s in selections)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickling: without the loader, the teacher and the reference to the original."""
-        return {**self.__dict__, "source": None, "emission": None}
+        """For pickling and copying: without the analysis, the loader, the teacher and the original.
+
+        The analysis names nodes of the very graph it was made of; a copy would name no other's.
+        """
+        return {**self.__dict__, "analysis": None, "source": None, "emission": None}
 
 
 class Front(list[PruningResult]):

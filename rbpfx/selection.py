@@ -7,7 +7,7 @@ budget then goes to the next best units that still fit in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Protocol
@@ -24,6 +24,7 @@ from rbpfx.target import COSTS, Target, Width, matches
 
 Values = npt.NDArray[np.float64]
 Units = npt.NDArray[np.bool_]
+Cost = Callable[[PruningPlan], float]
 
 
 class LatencyMeter(Protocol):
@@ -129,7 +130,16 @@ class Selection:
         """
         if self.budget is None:
             return self._complete(needed or {n: s > -np.inf for n, s in scores.items()}, scores)
-        return self._within(scores)
+        return self._within(scores, self._cost, self.budget)
+
+    def training_plan(self, scores: Mapping[str, Values]) -> PruningPlan:
+        """The units that would stay by the budget of training, which takes no measurement.
+
+        Args:
+            scores: Group name -> one score per unit, comparable between groups.
+        """
+        assert self.training_budget is not None
+        return self._within(scores, self._counted, self.training_budget)
 
     def reached(self, plan: PruningPlan) -> Reached | None:
         """What the network of a plan costs, beside what was asked for."""
@@ -137,27 +147,28 @@ class Selection:
             return None
         return Reached(self.target.cost, self.budget, self._cost(plan))
 
-    def _within(self, scores: Mapping[str, Values]) -> PruningPlan:
-        """The plan of the lowest threshold that the budget allows, filled up."""
-        assert self.budget is not None
+    def _within(self, scores: Mapping[str, Values], cost: Cost, budget: float) -> PruningPlan:
+        """The plan of the lowest threshold that a budget allows, filled up."""
+        measured = self.target.cost == "latency" and cost == self._cost
         thresholds = np.unique(np.concatenate([[-np.inf], *scores.values()]))
-        if self.target.cost == "latency":
+        if measured:
             thresholds = self._distinct(scores, thresholds)
         low, high = 0, len(thresholds) - 1
         best = self._above(scores, float(thresholds[high]))
         while low < high:
             middle = (low + high) // 2
             plan = self._above(scores, float(thresholds[middle]))
-            if self._cost(plan) <= self.budget:
+            if cost(plan) <= budget:
                 high, best = middle, plan
             else:
                 low = middle + 1
         # To fill up by latency would take a measurement for every unit.
-        return best if self.target.cost == "latency" else self._filled(best, scores)
+        return best if measured else self._filled(best, scores, cost, budget)
 
-    def _filled(self, plan: PruningPlan, scores: Mapping[str, Values]) -> PruningPlan:
-        """Spend what is left of the budget: widen group after group, the best score first."""
-        assert self.budget is not None
+    def _filled(
+        self, plan: PruningPlan, scores: Mapping[str, Values], cost: Cost, budget: float
+    ) -> PruningPlan:
+        """Spend what is left of a budget: widen group after group, the best score first."""
         full: set[str] = set()
         while True:
             kept = self._kept(plan)
@@ -172,7 +183,7 @@ class Selection:
             more = self._widened(kept[name], scores[name], size)
             candidate = self._complete({**kept, name: more}, scores)
             # What nothing reads is removed again; a plan that did not grow leads nowhere.
-            if candidate.kept != plan.kept and self._cost(candidate) <= self.budget:
+            if candidate.kept != plan.kept and cost(candidate) <= budget:
                 plan = candidate
             else:
                 full.add(name)
@@ -302,7 +313,7 @@ class Selection:
         if self.target.cost != "latency" or self.budget is None:
             return self.budget
         ranks = {g.name: (np.arange(g.size) + 0.5) / g.size for g in self.groups}
-        return self._counted(self._within(ranks))
+        return self._counted(self._within(ranks, self._cost, self.budget))
 
 
 def _chosen_groups(analysis: Analysis, target: Target) -> tuple[ChannelGroup, ...]:

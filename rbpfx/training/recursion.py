@@ -224,7 +224,7 @@ class RecursiveTraining:
             gate.group: self.scores.get(gate.group, self._score(gate).double().cpu().numpy())
             for gate in self.gates
         }
-        plan = self.selection.plan(scores)
+        plan = self.selection.training_plan(scores)
         kept = {name: np.zeros(len(score), dtype=bool) for name, score in scores.items()}
         for name, units in kept.items():
             units[list(plan.kept.get(name, range(len(units))))] = True

@@ -51,7 +51,7 @@ class Recursion:
     decisions: str = "once"
     budget_ramp: float = 0.7
     sharpness: tuple[float, float] = (2.0, 8.0)
-    noise_lr: float = 0.05
+    noise_lr: float = 0.1
     weight_lr: float = 0.01
     weight_decay: float = 5e-4
     patience: float = 0.5
