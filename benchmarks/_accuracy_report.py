@@ -38,8 +38,8 @@ PUBLISHED: dict[tuple[str, str], tuple[Mark, ...]] = {
         Mark("AFP", "79.7 % fewer FLOPs", "not at hand"),
         Mark("CHIP (NeurIPS 2021)", "66.6 % fewer FLOPs", "93.96 -> 93.72 %"),
         Mark("AutoBot", "65.4 % fewer FLOPs", "-> 94.01 %"),
-        Mark("Bayesian Bits, a VGG-like network", "", "6.66 % error"),
-        Mark("VIB, a VGG-like network", "", "7.17 % error"),
+        Mark("BB (beta-Bernoulli, ICML 2018), a VGG-like network", "", "6.66 % error"),
+        Mark("VIB (ICML 2018), a VGG-like network", "", "7.17 % error"),
     ),
 }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +63,7 @@ def half(model: nn.Module) -> SimpleNamespace:
         g.name: torch.randperm(g.size, generator=order)[: g.size // 2].tolist()
         for g in analysis.groups
     }
-    plan = analysis.close(PruningPlan(kept)) if hasattr(analysis, "close") else PruningPlan(kept)
+    plan = analysis.close(PruningPlan(kept))
     return SimpleNamespace(
         model=rewrite(gm, analysis, plan),
         dense=gm,
@@ -270,21 +272,69 @@ class TestErrors:
             rebind(optimizer, half(model))
 
 
-@pytest.mark.skipif(
-    "dense" not in PruningResult.__dataclass_fields__, reason="the result has no dense graph yet"
-)
-def test_pruning_in_the_middle_of_a_training() -> None:
-    model = ShortcutNet()
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    for _ in range(4):
+class TestEndToEnd:
+    """With what `prune` returns."""
+
+    def prune(self, model: nn.Module, **options: Any) -> PruningResult:
+        settings = {"recovery": FineTune(epochs=0), "progress": False, **options}
+        return rbpfx.prune(model, BATCHES, target=Target(macs=0.5), **settings)
+
+    @pytest.mark.parametrize("name", ["sgd", "adam", "adafactor"])
+    def test_pruning_in_the_middle_of_a_training(self, name: str) -> None:
+        model = ShortcutNet()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        for _ in range(4):
+            train(model, optimizer)
+        dense = copy.deepcopy(model)
+        result = self.prune(model)
+        rebind(optimizer, result)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        assert {id(p) for p in trained} == {id(p) for p in result.model.parameters()}
+        for _ in range(4):
+            loss = train(result.model, optimizer)
+        assert loss < 0.3
+        pairs = zip(model.parameters(), dense.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+    @pytest.mark.parametrize("network", [ShortcutNet, GroupedNet])
+    def test_state_is_sliced_as_the_weights(self, network: type[nn.Module]) -> None:
+        """A ranking that cuts at once leaves slices of the weights; so must be their momentum."""
+        model = network()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
         train(model, optimizer)
-    result = rbpfx.prune(
-        model, BATCHES, target=Target(macs=0.5), recovery=FineTune(epochs=0), progress=False
-    )
-    rebind(optimizer, result)
-    named = dict(result.model.named_parameters())
-    for name, parameter in named.items():
-        assert optimizer.state[parameter]["momentum_buffer"].shape == parameter.shape, name
-    for _ in range(4):
-        loss = train(result.model, optimizer)
-    assert loss < 0.3
+        for parameter, state in optimizer.state.items():
+            state["momentum_buffer"].copy_(parameter)
+        result = self.prune(model, method="magnitude")
+        sizes = [p.numel() for p in model.parameters()]
+        rebind(optimizer, result)
+        assert sum(p.numel() for p in result.model.parameters()) < sum(sizes)
+        for name, parameter in result.model.named_parameters():
+            assert torch.equal(optimizer.state[parameter]["momentum_buffer"], parameter), name
+
+    def test_with_an_entry_of_a_sweep(self) -> None:
+        model = ShortcutNet()
+        optimizer = OPTIMIZERS["adam"](model.parameters())
+        train(model, optimizer)
+        small, _ = self.prune(model, method="magnitude").sweep([0.2, 0.7])
+        rebind(optimizer, small)
+        for parameter in small.model.parameters():
+            assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+        train(small.model, optimizer)
+        assert all(p.isfinite().all() for p in small.model.parameters())
+
+    def test_a_copy_of_a_result_does_not_know_the_model(self) -> None:
+        model = ShortcutNet()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        result = self.prune(model, method="magnitude")
+        with pytest.raises(InputError, match="does not exist any more"):
+            rebind(optimizer, copy.deepcopy(result))
+        rebind(optimizer, result)
+
+    def test_a_result_does_not_keep_the_model_alive(self) -> None:
+        model = ShortcutNet()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        result = self.prune(model, method="magnitude")
+        del model
+        gc.collect()
+        with pytest.raises(InputError, match="does not exist any more"):
+            rebind(optimizer, result)

@@ -202,7 +202,9 @@ class TestTraining:
         (entry,) = result.sweep([0.3], CUT)
         emission = result.emission
         assert emission is not None
-        folded = rewrite(result.dense, result.analysis, entry.plan, multipliers=emission.multipliers)
+        folded = rewrite(
+            result.dense, result.analysis, entry.plan, multipliers=emission.multipliers
+        )
         for name, parameter in folded.named_parameters():
             assert torch.allclose(parameter, entry.model.get_parameter(name)), name
 
