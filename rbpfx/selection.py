@@ -40,6 +40,9 @@ class LatencyMeter(Protocol):
         """The share of the dense network's latency that a plan's network has."""
 
 
+SPENT = 0.001
+"""Share of a budget that may be left over where units are small enough."""
+
 LATENCY_STEP = 0.005
 """Share of the MACs below which two plans are not told apart by their measured latency."""
 
@@ -170,7 +173,7 @@ class Selection:
     ) -> PruningPlan:
         """Spend what is left of a budget: widen group after group, the best score first."""
         full: set[str] = set()
-        while True:
+        while cost(plan) < (1 - SPENT) * budget:
             kept = self._kept(plan)
             wider = [
                 (float(scores[name][~units].max()), name, size)
@@ -178,7 +181,7 @@ class Selection:
                 if name not in full and (size := self._next_width(name, int(units.sum())))
             ]
             if not wider:
-                return plan
+                break
             _, name, size = max(wider)
             more = self._widened(kept[name], scores[name], size)
             candidate = self._complete({**kept, name: more}, scores)
@@ -187,6 +190,7 @@ class Selection:
                 plan = candidate
             else:
                 full.add(name)
+        return plan
 
     def _above(self, scores: Mapping[str, Values], threshold: float) -> PruningPlan:
         return self._complete({name: s > threshold for name, s in scores.items()}, scores)

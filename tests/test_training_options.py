@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -313,7 +314,7 @@ class Wide(nn.Sequential):
     def __init__(self) -> None:
         widths = [1, 64, 64, 64]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
 
@@ -425,8 +426,12 @@ class TestTargets:
     @pytest.mark.parametrize("method", ["rbp", "magnitude", "taylor"])
     @pytest.mark.parametrize(
         ("choice", "whole"),
-        [({"exclude": ["stem"]}, "stem"), ({"include": ["conv1"]}, "stem")]
-        + [({"exclude": ["conv[1]"]}, "conv1"), ({"include": ["s*"]}, "conv1")],
+        [
+            ({"exclude": ["stem"]}, "stem"),
+            ({"include": ["conv1"]}, "stem"),
+            ({"exclude": ["conv[1]"]}, "conv1"),
+            ({"include": ["s*"]}, "conv1"),
+        ],
     )
     def test_excluded_groups_stay_whole(
         self, dense: nn.Module, method: str, choice: dict[str, Any], whole: str

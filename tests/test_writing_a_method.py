@@ -92,7 +92,7 @@ def test_without_a_target_the_strength_decides(page: dict[str, Any], dense: nn.M
 
 
 def test_the_sum_of_distances(page: dict[str, Any], dense: nn.Module) -> None:
-    """Ranks as a direct computation does; the units of a shortcut have the filters of two layers."""
+    """The order is that of a direct computation; two layers produce the units of a shortcut."""
     gm = rbpfx.trace(dense, BATCHES[0][0])
     analysis = rbpfx.analyze(gm)
     noisy = rbpfx.insert_noise(gm, analysis, page["GeometricMedian"]())

@@ -8,7 +8,7 @@ already (`window`), so that they compete for one budget; the front then passes o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,8 +154,9 @@ class RecursiveTraining:
             if report is not None or hardens:
                 loss = float(losses.data)
                 reached = self._progress(step, schedule.steps, front, loss, bound, strength)
+            choice = self._choice() if hardens else {}
             while front < len(self.gates) and schedule.hardens(step, front):
-                self._harden(self.gates[front])
+                self._harden(self.gates[front], choice)
                 self.history.append({**asdict(reached), "group": self.gates[front].group})
                 latest = self._state()
                 front += 1
@@ -178,8 +179,9 @@ class RecursiveTraining:
                 for batch in batches(loader, min(max_batches, steps_per_epoch(loader))):
                     self.task.loss(self.noisy, batch).backward()
             self.noisy.zero_grad(set_to_none=True)
+        choice = self._choice()
         for gate in self.gates:
-            self._harden(gate)
+            self._harden(gate, choice)
 
     def expected_cost(self) -> float:
         """Share of the dense cost, given how open the gates are.
@@ -219,7 +221,12 @@ class RecursiveTraining:
         return torch.where(gate.alive, score, score.min() - score.min().abs() - 1)
 
     def _choice(self) -> dict[str, Tensor]:
-        """What the target keeps by the present scores: group name -> boolean `(size,)`."""
+        """What the target keeps by the present scores: group name -> boolean `(size,)`.
+
+        Empty without a budget: then every gate decides by its own rule.
+        """
+        if self.budget is None:
+            return {}
         scores = {
             gate.group: self.scores.get(gate.group, self._score(gate).double().cpu().numpy())
             for gate in self.gates
@@ -242,8 +249,8 @@ class RecursiveTraining:
             return values
 
     @torch.no_grad()
-    def _harden(self, gate: Gate) -> None:
-        needed = self._own_rule(gate) if self.budget is None else self._choice()[gate.group]
+    def _harden(self, gate: Gate, choice: Mapping[str, Tensor]) -> None:
+        needed = choice[gate.group] if gate.group in choice else self._own_rule(gate)
         self.scores[gate.group] = self._score(gate).double().cpu().numpy()
         self.needed[gate.group] = needed.cpu().numpy()
         self.multipliers[gate.group] = gate.kept_multiplier().detach().clone()
