@@ -88,7 +88,8 @@ class BudgetProjection:
             if gate.phase is Phase.NOISY
         ]
         parameters: list[Tensor] = [p for gate, _ in noisy for p in gate.parameters()]
-        if not parameters:
+        # Adam has no scale yet if its first step was skipped, by an overflow in float16.
+        if not parameters or any("step" not in optimizer.state[p] for p in parameters):
             return [], []
         pressure = torch.stack([weight * gate.pressure().sum() for gate, weight in noisy]).sum()
         forces = torch.autograd.grad(pressure, parameters)

@@ -74,6 +74,19 @@ class TestBudgetProjection:
         toy.gates[1].phase = phase
         assert toy.projection.apply(toy.optimizer, 0.1) == 0
 
+    def test_an_optimiser_that_has_not_stepped_moves_nothing(self) -> None:
+        toy = Toy(torch.ones(16))
+        before = toy.openness()
+        assert toy.projection.apply(toy.optimizer, 0.5) == 0
+        assert torch.equal(before, toy.openness())
+
+    def test_gates_without_parameters_move_nothing(self) -> None:
+        toy = Toy(torch.ones(16))
+        toy.step()
+        for gate in toy.gates:
+            gate.phase = Phase.HARDENED
+        assert toy.projection.apply(toy.optimizer, 0.5) == 0
+
     def test_a_budget_out_of_reach_leaves_finite_gates(self) -> None:
         toy = Toy(torch.ones(16))
         toy.step()
