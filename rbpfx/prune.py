@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError, TargetError
 from rbpfx.graph.capture import ExampleInputs, LeafModule, call_with, evaluating, trace
+from rbpfx.graph.copying import copy_model
 from rbpfx.graph.groups import Analysis, analyze
 from rbpfx.graph.verification import difference
 from rbpfx.latency import first_examples
@@ -127,7 +127,7 @@ def prune(
         dense = _copied(model).to(device)
         inputs, batch = _example_inputs(dense, loader, task)
         # A copy: the graph takes the trained weights, while `dense` stays the baseline.
-        gm = trace(copy.deepcopy(dense), inputs, leaf_modules=leaf_modules)
+        gm = trace(copy_model(dense, {}), inputs, leaf_modules=leaf_modules)
         _check_capture(dense, gm, inputs)
         analysis = analyze(gm, unit=unit, attention=attention, normalization=normalization)
         _require_groups(analysis)
@@ -212,7 +212,7 @@ def _copied(model: nn.Module) -> nn.Module:
             "noise on; pass model.float() and convert the result back"
         )
     try:
-        return copy.deepcopy(model)
+        return copy_model(model, {})
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({error}). rbpfx works on a copy so that "

@@ -12,7 +12,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from rbpfx.errors import InputError, RbpfxError
+from rbpfx.errors import InputError, RbpfxError, TargetError
 from rbpfx.graph.capture import ExampleInputs
 from rbpfx.graph.cost import count_macs, count_parameters
 from rbpfx.graph.gates import apply_mask
@@ -72,7 +72,7 @@ class PruningResult:
             One result for each target, in the order given; printed, it is a table.
 
         Raises:
-            TargetError: A target cannot be reached.
+            TargetError: A target cannot be reached, or has no budget.
             RbpfxError: The result was loaded or pickled: the gates and the loader are gone.
         """
         if self.emission is None:
@@ -81,6 +81,8 @@ class PruningResult:
                 "loader; sweep the result that prune returned"
             )
         emission = self.emission
+        if not isinstance(targets, Iterable):
+            targets = [targets]
         chosen = [emission.target_of(target) for target in targets]
         selections = [emission.selection(target) for target in chosen]  # all errors first
         return Front(emission.emit(s, recovery, source=self.source) for s in selections)
@@ -170,8 +172,18 @@ class Emission:
     seeded: Callable[[], AbstractContextManager[None]]
 
     def target_of(self, value: float | Target) -> Target:
-        """A target, or this one's with another budget."""
+        """A target, or this one's with another budget.
+
+        Raises:
+            TargetError: It has no budget, and the training had one, or the method has no rule.
+        """
         if isinstance(value, Target):
+            trained_for = None if self.target is None else self.target.cost
+            if value.cost is None and (trained_for is not None or not self.method.decides):
+                raise TargetError(
+                    f"a sweep needs a budget in every target, not {value}: the units were trained "
+                    "for a budget, not by the method's own rule"
+                )
             return value
         asked = self.target or Target()
         budget: dict[str, Any] = {asked.cost or "macs": value}
@@ -287,13 +299,17 @@ class PlanMeter:
         self.gm = gm
         self.analysis = analysis
         self.inputs = inputs
+        self.measured: dict[str, float] = {}
         self.dense_seconds = measure_latency([gm], inputs, seconds=self.SECONDS)[0].median
 
     def __call__(self, plan: PruningPlan) -> float:
-        """The share of the dense network's latency that a plan's network has."""
-        network = rewrite(self.gm, self.analysis, plan)
-        dense, pruned = measure_latency([self.gm, network], self.inputs, seconds=self.SECONDS)
-        return pruned.median / dense.median
+        """The share of the dense network's latency that a plan's network has; measured once."""
+        key = plan.to_json()
+        if key not in self.measured:
+            network = rewrite(self.gm, self.analysis, plan)
+            dense, pruned = measure_latency([self.gm, network], self.inputs, seconds=self.SECONDS)
+            self.measured[key] = pruned.median / dense.median
+        return self.measured[key]
 
 
 __all__ = ["Emission", "Front", "PlanMeter", "PruningResult"]

@@ -296,7 +296,13 @@ class TestEndToEnd:
         pairs = zip(model.parameters(), dense.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
-    @pytest.mark.parametrize("network", [ShortcutNet, GroupedNet])
+    @pytest.mark.parametrize(
+        "network",
+        [
+            ShortcutNet,
+            GroupedNet,
+        ],
+    )
     def test_state_is_sliced_as_the_weights(self, network: type[nn.Module]) -> None:
         """A ranking that cuts at once leaves slices of the weights; so must be their momentum."""
         model = network()

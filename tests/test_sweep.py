@@ -316,3 +316,27 @@ class TestCopies:
     def test_but_the_gates_are_gone(self, result: PruningResult, copied: Any) -> None:
         with pytest.raises(RbpfxError, match="sweep the result that prune returned"):
             copied(result).sweep([0.5])
+
+
+class TestTargetsWithoutABudget:
+    """They mean that the method decides, which it cannot do any more after a budget."""
+
+    def test_after_a_budget(self, result: PruningResult, no_work: None) -> None:
+        with pytest.raises(TargetError, match="needs a budget in every target"):
+            result.sweep([Target(round_to=2)])
+
+    def test_of_a_ranking(self, dense: nn.Module) -> None:
+        ranked = prune(dense, method="magnitude", recursion=None, target=Target(min_width=2))
+        with pytest.raises(TargetError, match="needs a budget in every target"):
+            ranked.sweep([Target(min_width=3)])
+
+    def test_of_a_method_that_decided(self, dense: nn.Module) -> None:
+        decided = prune(dense)
+        (rounded,) = decided.sweep(Target(round_to=4))
+        assert all(kept % 4 == 0 for _, kept in rounded.report.widths.values())
+        assert rounded.report.target is None
+
+
+def test_one_target_alone(result: PruningResult) -> None:
+    (only,) = result.sweep(0.4, CUT)
+    assert only.report.target.asked == 0.4

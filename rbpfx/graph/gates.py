@@ -6,7 +6,6 @@ call) to multipliers, `(N, size)` or `(1, size)`. Noise and masks are both gates
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from rbpfx.errors import RbpfxError
 from rbpfx.graph.aliasing import Memory
 from rbpfx.graph.calls import call_leaf
+from rbpfx.graph.copying import copy_model
 from rbpfx.graph.groups import Analysis, ChannelGroup
 from rbpfx.graph.operands import Read
 from rbpfx.graph.parts import captured_parts
@@ -61,7 +61,7 @@ def insert_gates(gm: nn.Module, analysis: Analysis, gates: Mapping[str, nn.Modul
     """
     if any(hasattr(part, CONTAINER) for part in captured_parts(gm).values()):
         raise RbpfxError(f"the network has gates already (submodule {CONTAINER!r})")
-    gated = copy.deepcopy(gm)
+    gated = copy_model(gm, {})
     analysed = captured_parts(analysis.gm).values()
     chosen = {analysis.group(name): gate for name, gate in gates.items()}
     for original, part in zip(analysed, captured_parts(gated).values(), strict=True):

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rbpfx.errors import VerificationError
 from rbpfx.graph.capture import ExampleInputs, bind_inputs
+from rbpfx.graph.copying import copy_model
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.values import assume
 
@@ -162,7 +163,7 @@ def largest_difference(
 
 
 def _prepared(network: nn.Module, train: bool) -> nn.Module:
-    network = in_double(copy.deepcopy(network)).eval()
+    network = in_double(copy_model(network, {})).eval()
     for module in network.modules() if train else ():
         if isinstance(module, _BatchNorm):
             module.train()

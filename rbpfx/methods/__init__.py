@@ -17,6 +17,7 @@ from rbpfx.methods.mackay import MacKay
 from rbpfx.methods.rankings import BatchNormScale, Magnitude, Random, Taylor
 from rbpfx.methods.rbp import RBP
 from rbpfx.methods.sbp import SBP
+from rbpfx.methods.weights import UnitWeights, in_scope
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -101,7 +102,9 @@ __all__ = [
     "Phase",
     "Random",
     "Taylor",
+    "UnitWeights",
     "find_method",
+    "in_scope",
     "insert_noise",
     "noise_gates",
 ]
