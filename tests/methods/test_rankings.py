@@ -150,7 +150,7 @@ def test_unit_weights_count_everything_once(model: nn.Module) -> None:
     for group in analysis.groups:
         weights = UnitWeights(gm, analysis, group)
         total += float(weights.power_sum(weights.filters + weights.readers, 2).sum().detach())
-    squares = {n: float(p.square().sum()) for n, p in gm.named_parameters()}
+    squares = {n: float(p.detach().square().sum()) for n, p in gm.named_parameters()}
     axes = {"stem": 1, "conv1": 2, "conv2": 2, "head": 1}
     expected = sum(times * squares[f"{name}.weight"] for name, times in axes.items())
     assert math.isclose(total, expected, rel_tol=1e-5)
