@@ -11,13 +11,13 @@ be left over; there the first layers take the next smaller share, as many of the
 
 **Zero-padded shortcuts.** Torch-Pruning reads the graph that autograd records. `F.pad` on channels
 is an element-wise operation to it: it takes the 16, 32 and 64 channels of the three stages of a
-CIFAR ResNet for one group of 16, and the network that it emits does not run (the last linear
-layer has 32 inputs for 56 channels at a ratio of one half). So it is given the same function in terms that it knows: the shortcut as a 1×1 convolution
-with fixed weights, one of an identity matrix padded with zero rows. It then prunes every group,
-and the stages even apart from one another; what is left of the fixed convolution is turned back
-into a choice of channels, which costs nothing and trains nothing. While it ranks, the fixed
-weights are too small to count as importance. `tp-inner` is the other way out, which needs no
-replacement: only the channels inside the blocks are pruned.
+CIFAR ResNet for one group of 16, and the network that it emits does not run (the last linear layer
+has 32 inputs for 56 channels at a ratio of one half). So it is given the same function in terms
+that it knows: the shortcut as a 1×1 convolution with fixed weights, one of an identity matrix
+padded with zero rows. It then prunes every group, and the stages even apart from one another; what
+is left of the fixed convolution is turned back into a choice of channels, which costs nothing and
+trains nothing. While it ranks, the fixed weights are too small to count as importance. `tp-inner`
+is the other way out, which needs no replacement: only the channels inside the blocks are pruned.
 """
 
 from __future__ import annotations

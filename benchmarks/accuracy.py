@@ -47,6 +47,7 @@ from benchmarks._train import (
 from rbpfx import FineTune, Recursion, Target, count_macs, prune, trace
 from rbpfx.errors import TargetError
 from rbpfx.graph.cost import count_parameters
+from rbpfx.methods import find_method
 from rbpfx.training.finetune import finetune
 from rbpfx.training.loop import refresh_batchnorm
 from rbpfx.training.task import Task
@@ -305,7 +306,9 @@ def _with_rbpfx(
     recursion: Recursion | None = None
     lr = LEARNING_RATES.get(case.network, LEARNING_RATE)
     if case.method in TRAINED or case.mode == "recursive":
-        recursion = Recursion(epochs=budget.noise_epochs, weight_lr=lr)
+        recursion = replace(
+            find_method(case.method).recursion(), epochs=budget.noise_epochs, weight_lr=lr
+        )
         if case.mode == "joint":
             recursion = replace(recursion, front=0.0)
     noise_epochs = budget.noise_epochs if recursion else 0
