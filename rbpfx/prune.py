@@ -104,7 +104,7 @@ def prune(
     """
     started = time.perf_counter()
     method = find_method(method)
-    if target is None and not method.decides:
+    if not method.decides and (target is None or not (target.cost or target.widths)):
         raise TargetError(
             f"method={method.name!r} ranks units but does not say how many go; give a target, for "
             "example target=rbpfx.Target(macs=0.5)"

@@ -318,6 +318,9 @@ class TestCopies:
             copied(result).sweep([0.5])
 
 
+HALVES = Target(widths={"*": (None, 0.5)})
+
+
 class TestTargetsWithoutABudget:
     """They mean that the method decides, which it cannot do any more after a budget."""
 
@@ -326,7 +329,7 @@ class TestTargetsWithoutABudget:
             result.sweep([Target(round_to=2)])
 
     def test_of_a_ranking(self, dense: nn.Module) -> None:
-        ranked = prune(dense, method="magnitude", recursion=None, target=Target(min_width=2))
+        ranked = prune(dense, method="magnitude", recursion=None, target=HALVES)
         with pytest.raises(TargetError, match="needs a budget in every target"):
             ranked.sweep([Target(min_width=3)])
 

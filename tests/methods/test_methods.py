@@ -57,8 +57,16 @@ def test_a_strong_prior_removes_units(dense: nn.Module, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(DECIDING)))
 def test_the_others_ask_for_a_target(dense: nn.Module, name: str) -> None:
-    with pytest.raises(TargetError, match=r"does not say how many go; give a target"):
-        prune(dense, name)
+    for target in (None, Target(), Target(round_to=8)):
+        with pytest.raises(TargetError, match=r"does not say how many go; give a target"):
+            prune(dense, name, target=target)
+
+
+def test_bounds_are_enough_for_a_ranking(dense: nn.Module) -> None:
+    """The widths chosen layer by layer, as users of other tools do."""
+    target = Target(widths={"stem": (None, 0.5), "conv1": (None, 3)})
+    report = prune(dense, "magnitude", target=target).report
+    assert report.widths == {"stem": (8, 4), "conv1": (8, 3)}
 
 
 @pytest.mark.parametrize("name", [n for n, method in METHODS.items() if not method.trains])
