@@ -202,6 +202,7 @@ class Method(ABC):
         observes: Whether scores need gradients of the loss: a pass over training batches
             precedes the decision of a method that does not train.
         strength: Default of `Recursion.strength`; the method gives its meaning.
+        noise_lr: Default of `Recursion.noise_lr`.
         cost_weighted: Whether penalties are weighed by what a unit costs.
         budgeted_strength: What takes its place while a target finds the strength: a weak
             pull. None if the strength is not found but set, target or not.
@@ -213,6 +214,7 @@ class Method(ABC):
     observes: ClassVar[bool] = False
     strength: ClassVar[float] = 1.0
     budgeted_strength: ClassVar[float | None] = 1.0
+    noise_lr: ClassVar[float] = 0.05
     cost_weighted: ClassVar[bool] = True
 
     @abstractmethod

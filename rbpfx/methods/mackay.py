@@ -19,8 +19,12 @@ from rbpfx.methods.log_normal import hold
 
 PRECISION_LOW, PRECISION_HIGH = 1e-6, 1e9
 """What alpha is clipped to."""
-LOG_LOW, LOG_HIGH = -10.0, 3.0
-"""What log m and log s are clamped to; 1 / s^2 stays within the range of alpha."""
+LOG_LOW, LOG_HIGH = -10.0, 0.0
+"""What log m and log s are clamped to; 1 / s^2 stays within the range of alpha.
+
+Only their ratio says how needed a unit is. Where nothing normalises the activations, noise that
+may exceed the unit it sits on makes the training diverge (LeNet-300-100 did, at s up to e^3).
+"""
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, precision: Tensor) -> Tensor:
@@ -169,7 +173,7 @@ class MacKay(Method):
     """MacKay's evidence framework on channels.
 
     Attributes:
-        initial_log_std: log s at the start, in [-10, 3]; the value is ours.
+        initial_log_std: log s at the start, in [-10, 0]; the value is ours.
         strength: Weight of the divergence in the evidence lower bound; 1 is the bound itself.
     """
 

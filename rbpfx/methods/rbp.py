@@ -116,6 +116,7 @@ class RBP(Method):
     name = "rbp"
     strength = 0.003
     budgeted_strength = 0.0
+    noise_lr = 0.1
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Gaussian dropout noise for the units of a group."""

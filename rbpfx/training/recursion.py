@@ -288,7 +288,8 @@ class RecursiveTraining:
         weights = [p for p in self.noisy.parameters() if id(p) not in known and p.requires_grad]
         optimizers: list[torch.optim.Optimizer] = []
         if noise:
-            optimizers.append(torch.optim.Adam(noise, settings.noise_lr))
+            rate = self.method.noise_lr if settings.noise_lr is None else settings.noise_lr
+            optimizers.append(torch.optim.Adam(noise, rate))
         if weights and settings.weight_lr > 0:
             optimizers.append(
                 torch.optim.SGD(

@@ -34,7 +34,7 @@ class Recursion:
         budget_ramp: Share of the steps before the front in which the budget falls to the target.
         sharpness: How decided gates count towards a budget, while it falls and at the end (see
             `NoiseGate.openness`): the growth pushes half-open gates apart.
-        noise_lr: Learning rate of the noise parameters (Adam).
+        noise_lr: Learning rate of the noise parameters (Adam); None for the method's own default.
         weight_lr: Learning rate of the weights (SGD, Nesterov momentum 0.9); 0 freezes them.
         weight_decay: L2 penalty on the weights.
         patience: Without a target, noise training moves on to hardening when over this share of
@@ -51,7 +51,7 @@ class Recursion:
     decisions: str = "once"
     budget_ramp: float = 0.7
     sharpness: tuple[float, float] = (2.0, 8.0)
-    noise_lr: float = 0.1
+    noise_lr: float | None = None
     weight_lr: float = 0.01
     weight_decay: float = 5e-4
     patience: float = 0.5
