@@ -30,6 +30,8 @@ from rbpfx.graph.slicing import kept_indices, rewrite
 from rbpfx.plan import PruningPlan
 
 TOLERANCE = 1e-9
+SAME = 1e-12
+"""Of two runs of the same operators: kernels round differently by where their operands lie."""
 
 Inputs: TypeAlias = tuple[Tensor, ...]
 
@@ -217,7 +219,7 @@ def check_identity(compiled: Compiled, inputs: Inputs, seed: int = 0) -> None:
             PruningPlan({g.name: range(g.size) for g in compiled.analysis.groups}),
         ),
     ):
-        assert_close(run(compiled.gm, inputs), run(network, inputs), "empty plan", tolerance=0.0)
+        assert_close(run(compiled.gm, inputs), run(network, inputs), "empty plan", tolerance=SAME)
 
 
 def check_pickle(compiled: Compiled, inputs: Inputs) -> None:
@@ -230,7 +232,7 @@ def check_pickle(compiled: Compiled, inputs: Inputs) -> None:
             expected, actual = (
                 copy.deepcopy(n).train(mode)(*(x.clone() for x in inputs)) for n in (network, twin)
             )
-            assert_close(expected, actual, "pickle", tolerance=0.0)
+            assert_close(expected, actual, "pickle", tolerance=SAME)
 
 
 Law: TypeAlias = Callable[[Compiled, Inputs, int], None]

@@ -23,7 +23,7 @@ from rbpfx.graph.capture import trace
 from rbpfx.graph.groups import Analysis, analyze
 from rbpfx.graph.slicing import rewrite
 from rbpfx.plan import PruningPlan
-from rbpfx.testing.laws import prune_random, randomize
+from rbpfx.testing.laws import SAME, prune_random, randomize
 from tests.graph.generator import random_inputs, random_program
 from tests.graph.laws import (
     assert_close,
@@ -66,7 +66,7 @@ def check_same(model: nn.Module, gm: nn.Module, *inputs: Tensor) -> None:
         for network in networks:
             torch.manual_seed(0)
             results.append(network(*(x.clone() for x in inputs)))
-        assert_close(*results, "outputs", tolerance=0.0)
+        assert_close(*results, "outputs", tolerance=SAME)
         expected, actual = (network.state_dict() for network in networks)
         assert expected.keys() == actual.keys()
         for name, tensor in expected.items():
@@ -218,7 +218,7 @@ def test_a_batch_norm_may_be_frozen_in_train_mode() -> None:
     assert gm.training
     assert [gm.get_submodule(name).training for name in ("bn1", "bn2")] == [True, False]
     inputs = image(8)
-    assert_close(model(inputs), gm(inputs), "outputs", tolerance=0.0)
+    assert_close(model(inputs), gm(inputs), "outputs", tolerance=SAME)
 
 
 def test_a_dropout_that_is_always_on_stays_on() -> None:
