@@ -200,7 +200,7 @@ class RecursiveTraining:
         waiting = [gate for gate in self.gates if gate.phase is not Phase.HARDENED]
         if self.budget is not None:
             choice = self._choice()
-            for gate in waiting:
+            for gate in waiting if choice else ():
                 gate.choose(choice[gate.group].to(gate.alive.device))
         elif self.settings.decisions == "epoch" and step > 0:
             for gate in waiting:
@@ -223,9 +223,11 @@ class RecursiveTraining:
     def _choice(self) -> dict[str, Tensor]:
         """What the target keeps by the present scores: group name -> boolean `(size,)`.
 
-        Empty without a budget: then every gate decides by its own rule.
+        Empty where every gate decides by its own rule: without a budget, and while the noise of
+        some groups waits, of which nothing is known that a budget could be shared out by.
         """
-        if self.budget is None:
+        waiting = any(gate.phase is Phase.WAITING for gate in self.gates)
+        if self.budget is None or (waiting and self.method.decides):
             return {}
         scores = {
             gate.group: self.scores.get(gate.group, self._score(gate).double().cpu().numpy())

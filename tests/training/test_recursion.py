@@ -219,6 +219,15 @@ class TestStrength:
 
 
 class TestBudget:
+    def test_groups_that_wait_do_not_count_as_kept(self) -> None:
+        """In a strict recursion the early groups must not pay for all that come later."""
+        training = recursive(FourGroups(), 0.3, window=1, epochs=6)
+        training.run(BATCHES)
+        for name in ("conv", "fc1", "fc2"):
+            rule = training.scores[name] > 0.5
+            rule[training.scores[name].argmax()] = True
+            assert (training.needed[name] == rule).all()
+
     @pytest.mark.parametrize("window", [1, None])
     @pytest.mark.parametrize("budget", [0.25, 0.6])
     def test_the_plan_is_within_it(
