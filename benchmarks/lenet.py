@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
-from torch import Generator
 
-from benchmarks._data import ImageData, TensorLoader, add_data_argument, mnist
+from benchmarks._data import ImageData, add_data_argument, mnist
 from benchmarks._record import Deadline, Record
-from benchmarks._train import LENETS, accuracy, dense_lenet, evaluation_loader
+from benchmarks._train import LENETS, accuracy, dense_lenet, evaluation_loader, training_loader
 from rbpfx import FineTune, Recursion, prune
 
 RESULTS = Path(__file__).parent / "results" / "lenet.json"
@@ -85,8 +84,7 @@ def run(
     """One row."""
     # On CPUs convolutions train faster in this memory format.
     dense = dense_lenet(network, seed, data).to(memory_format=torch.channels_last)
-    order = Generator().manual_seed(seed)
-    loader = TensorLoader(data.train_images, data.train_labels, 128, shuffle=True, generator=order)
+    loader = training_loader(data, 0, seed)
     test = evaluation_loader(data)
     started = time.perf_counter()
     result = prune(

@@ -59,12 +59,17 @@ class PruningResult:
     source: weakref.ref[nn.Module] | None = field(default=None, repr=False)
     emission: Emission | None = field(default=None, repr=False)
 
-    def sweep(self, targets: Iterable[float | Target], recovery: FineTune | None = None) -> Front:
+    def sweep(
+        self, targets: float | Target | Iterable[float | Target], recovery: FineTune | None = None
+    ) -> Front:
         """Networks for other targets from the same noise training; nothing is trained but these.
+
+        Sweep downwards: the weights have learnt to do without the units that the training closed,
+        so that networks above its target gain little.
 
         Args:
             targets: Targets, or numbers that take the place of the budget in this result's
-                target (shares of the MACs if it had none).
+                target (shares of the MACs if it had none). One alone will do.
             recovery: How each is fine-tuned; as in `prune` by default. `FineTune(epochs=0)` for
                 networks right after the cut.
 

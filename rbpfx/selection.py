@@ -174,7 +174,7 @@ class Selection:
         """Spend what is left of a budget: widen group after group, the best score first."""
         full: set[str] = set()
         while cost(plan) < (1 - SPENT) * budget:
-            kept = self._kept(plan)
+            kept = self.kept(plan)
             wider = [
                 (float(scores[name][~units].max()), name, size)
                 for name, units in kept.items()
@@ -229,7 +229,8 @@ class Selection:
         chosen[order[:count]] = True
         return chosen
 
-    def _kept(self, plan: PruningPlan) -> dict[str, Units]:
+    def kept(self, plan: PruningPlan) -> dict[str, Units]:
+        """A plan as masks: group name -> which units stay, `(size,)`, for the groups that may go."""
         kept = {g.name: np.zeros(g.size, dtype=bool) for g in self.groups}
         for name, units in kept.items():
             units[list(plan.kept.get(name, range(len(units))))] = True

@@ -230,13 +230,12 @@ class RecursiveTraining:
         if self.budget is None or (waiting and self.method.decides):
             return {}
         scores = {
-            gate.group: self.scores.get(gate.group, self._score(gate).double().cpu().numpy())
+            gate.group: self.scores[gate.group]
+            if gate.group in self.scores
+            else self._score(gate).double().cpu().numpy()
             for gate in self.gates
         }
-        plan = self.selection.training_plan(scores)
-        kept = {name: np.zeros(len(score), dtype=bool) for name, score in scores.items()}
-        for name, units in kept.items():
-            units[list(plan.kept.get(name, range(len(units))))] = True
+        kept = self.selection.kept(self.selection.training_plan(scores))
         return {name: torch.from_numpy(units) for name, units in kept.items()}
 
     def _openness(self, gate: Gate) -> Values:
