@@ -230,7 +230,7 @@ class Selection:
         return chosen
 
     def kept(self, plan: PruningPlan) -> dict[str, Units]:
-        """A plan as masks: group name -> which units stay, `(size,)`, for the groups that may go."""
+        """A plan as masks: group name -> which units of `groups` stay, `(size,)`."""
         kept = {g.name: np.zeros(g.size, dtype=bool) for g in self.groups}
         for name, units in kept.items():
             units[list(plan.kept.get(name, range(len(units))))] = True

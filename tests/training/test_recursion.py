@@ -228,6 +228,16 @@ class TestBudget:
             rule[training.scores[name].argmax()] = True
             assert (training.needed[name] == rule).all()
 
+    def test_the_first_group_keeps_what_it_needs_while_the_others_wait(self) -> None:
+        training = recursive(FourGroups(), 0.3, window=1)
+        first, *later = training.gates
+        for gate in later:
+            gate.phase = Phase.WAITING
+        with torch.no_grad():
+            first.gate_logit.copy_(torch.tensor([2.0, 2.0, -2.0, 2.0, -2.0, 2.0]))
+        training._harden(first, training._choice())
+        assert training.needed["conv"].tolist() == [True, True, False, True, False, True]
+
     @pytest.mark.parametrize("window", [1, None])
     @pytest.mark.parametrize("budget", [0.25, 0.6])
     def test_the_plan_is_within_it(
