@@ -18,7 +18,8 @@ from rbpfx.graph.groups import Analysis, ChannelGroup, FrozenAxis, analyze
 from rbpfx.graph.rules.base import Rule, register_rule
 from rbpfx.graph.slicing import rewrite
 from rbpfx.graph.verification import verify
-from rbpfx.latency import Latency, measure_latency
+from rbpfx.latency import Comparison, Latency, compare_latency, measure_latency
+from rbpfx.latency.meter import PlanMeter
 from rbpfx.methods import (
     BMRSN,
     BMRSU,
@@ -62,6 +63,7 @@ __all__ = [
     "BatchNormScale",
     "CaptureError",
     "ChannelGroup",
+    "Comparison",
     "DivergenceError",
     "Figures",
     "FineTune",
@@ -76,6 +78,7 @@ __all__ = [
     "NoiseGate",
     "NothingToPruneError",
     "PlanError",
+    "PlanMeter",
     "Progress",
     "PruningPlan",
     "PruningResult",
@@ -95,6 +98,7 @@ __all__ = [
     "__version__",
     "analyze",
     "apply_mask",
+    "compare_latency",
     "count_macs",
     "count_parameters",
     "insert_noise",

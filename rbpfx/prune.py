@@ -18,11 +18,12 @@ from rbpfx.graph.copying import copy_model
 from rbpfx.graph.groups import Analysis, analyze
 from rbpfx.graph.verification import difference
 from rbpfx.latency import first_examples
+from rbpfx.latency.meter import PlanMeter
 from rbpfx.methods import Method, find_method, insert_noise
 from rbpfx.progress import Bar
-from rbpfx.result import Emission, PlanMeter, PruningResult
+from rbpfx.result import Emission, PruningResult
 from rbpfx.selection import Selection
-from rbpfx.target import Target
+from rbpfx.target import AUTO, Target
 from rbpfx.training.finetune import FineTune
 from rbpfx.training.recursion import RecursiveTraining
 from rbpfx.training.schedule import Recursion
@@ -133,9 +134,10 @@ def prune(
         _require_groups(analysis)
 
         def meter(target: Target | None) -> PlanMeter | None:
-            if target is None or target.cost != "latency":
+            if target is None or (target.cost != "latency" and target.round_to != AUTO):
                 return None
-            return PlanMeter(gm, analysis, first_examples(inputs, target.batch_size or batch))
+            examples = first_examples(inputs, target.batch_size or batch)
+            return PlanMeter(gm, analysis, examples, progress)
 
         selection = Selection(analysis, target, meter(target))
         accuracy = evaluate(dense)

@@ -286,35 +286,4 @@ class Emission:
         return PruningResult(pruned, plan, report, self.gm, self.analysis, source, self)
 
 
-class PlanMeter:
-    """Measures the latency of the networks that plans emit, beside the dense one.
-
-    Args:
-        gm: The captured network.
-        analysis: Its analysis.
-        inputs: What the networks are called with.
-
-    Attributes:
-        dense_seconds: Latency of the dense network.
-    """
-
-    SECONDS = 1.0
-
-    def __init__(self, gm: nn.Module, analysis: Analysis, inputs: ExampleInputs) -> None:
-        self.gm = gm
-        self.analysis = analysis
-        self.inputs = inputs
-        self.measured: dict[str, float] = {}
-        self.dense_seconds = measure_latency([gm], inputs, seconds=self.SECONDS)[0].median
-
-    def __call__(self, plan: PruningPlan) -> float:
-        """The share of the dense network's latency that a plan's network has; measured once."""
-        key = plan.to_json()
-        if key not in self.measured:
-            network = rewrite(self.gm, self.analysis, plan)
-            dense, pruned = measure_latency([self.gm, network], self.inputs, seconds=self.SECONDS)
-            self.measured[key] = pruned.median / dense.median
-        return self.measured[key]
-
-
-__all__ = ["Emission", "Front", "PlanMeter", "PruningResult"]
+__all__ = ["Emission", "Front", "PruningResult"]

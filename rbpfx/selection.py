@@ -2,13 +2,15 @@
 
 The scores of a method are comparable between groups, so that one threshold decides all widths.
 It is found by bisection on the cost of the network that would be emitted. What is left of the
-budget then goes to the next best units that still fit in.
+budget then goes to the next best units that still fit in. A latency does not follow from counts:
+`rbpfx.latency.search` finds the widths for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 from typing import Protocol
 
@@ -19,12 +21,13 @@ from rbpfx.errors import NothingToPruneError, TargetError
 from rbpfx.graph.cost import parameters_kept
 from rbpfx.graph.groups import Analysis, ChannelGroup
 from rbpfx.graph.parts import example_batch
+from rbpfx.latency.model import LatencyModel
+from rbpfx.latency.search import LatencySearch, edges
 from rbpfx.plan import PruningPlan
 from rbpfx.target import COSTS, Target, Width, matches
 
 Values = npt.NDArray[np.float64]
 Units = npt.NDArray[np.bool_]
-Cost = Callable[[PruningPlan], float]
 
 
 class LatencyMeter(Protocol):
@@ -32,9 +35,14 @@ class LatencyMeter(Protocol):
 
     Attributes:
         dense_seconds: Latency of the dense network.
+        model: Times of its operators at any widths.
     """
 
-    dense_seconds: float
+    @property
+    def dense_seconds(self) -> float: ...  # noqa: D102  (said above)
+
+    @property
+    def model(self) -> LatencyModel: ...  # noqa: D102
 
     def __call__(self, plan: PruningPlan) -> float:
         """The share of the dense network's latency that a plan's network has."""
@@ -42,9 +50,6 @@ class LatencyMeter(Protocol):
 
 SPENT = 0.001
 """Share of a budget that may be left over where units are small enough."""
-
-LATENCY_STEP = 0.005
-"""Share of the MACs below which two plans are not told apart by their measured latency."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Selection:
     Args:
         analysis: The analysis.
         target: The budget and the bounds; None for neither.
-        latency: For a latency target: what measures it.
+        latency: What measures latency, for a latency target and for `round_to="auto"`.
 
     Attributes:
         groups: The groups that may be pruned.
@@ -133,7 +138,9 @@ class Selection:
         """
         if self.budget is None:
             return self._complete(needed or {n: s > -np.inf for n, s in scores.items()}, scores)
-        return self._within(scores, self._cost, self.budget)
+        if self.target.cost == "latency":
+            return self._search.plan(scores, self.budget)
+        return self._within(scores, self.budget)
 
     def training_plan(self, scores: Mapping[str, Values]) -> PruningPlan:
         """The units that would stay by the budget of training, which takes no measurement.
@@ -142,7 +149,7 @@ class Selection:
             scores: Group name -> one score per unit, comparable between groups.
         """
         assert self.training_budget is not None
-        return self._within(scores, self._counted, self.training_budget)
+        return self._within(scores, self.training_budget)
 
     def reached(self, plan: PruningPlan) -> Reached | None:
         """What the network of a plan costs, beside what was asked for."""
@@ -150,30 +157,26 @@ class Selection:
             return None
         return Reached(self.target.cost, self.budget, self._cost(plan))
 
-    def _within(self, scores: Mapping[str, Values], cost: Cost, budget: float) -> PruningPlan:
-        """The plan of the lowest threshold that a budget allows, filled up."""
-        measured = self.target.cost == "latency" and cost == self._cost
+    def _within(self, scores: Mapping[str, Values], budget: float) -> PruningPlan:
+        """The plan of the lowest threshold that a budget of counted cost allows, filled up."""
         thresholds = np.unique(np.concatenate([[-np.inf], *scores.values()]))
-        if measured:
-            thresholds = self._distinct(scores, thresholds)
         low, high = 0, len(thresholds) - 1
         best = self._above(scores, float(thresholds[high]))
         while low < high:
             middle = (low + high) // 2
             plan = self._above(scores, float(thresholds[middle]))
-            if cost(plan) <= budget:
+            if self._counted(plan) <= budget:
                 high, best = middle, plan
             else:
                 low = middle + 1
-        # To fill up by latency would take a measurement for every unit.
-        return best if measured else self._filled(best, scores, cost, budget)
+        return self._filled(best, scores, budget)
 
     def _filled(
-        self, plan: PruningPlan, scores: Mapping[str, Values], cost: Cost, budget: float
+        self, plan: PruningPlan, scores: Mapping[str, Values], budget: float
     ) -> PruningPlan:
         """Spend what is left of a budget: widen group after group, the best score first."""
         full: set[str] = set()
-        while cost(plan) < (1 - SPENT) * budget:
+        while self._counted(plan) < (1 - SPENT) * budget:
             kept = self.kept(plan)
             wider = [
                 (float(scores[name][~units].max()), name, size)
@@ -186,7 +189,7 @@ class Selection:
             more = self._widened(kept[name], scores[name], size)
             candidate = self._complete({**kept, name: more}, scores)
             # What nothing reads is removed again; a plan that did not grow leads nowhere.
-            if candidate.kept != plan.kept and cost(candidate) <= budget:
+            if candidate.kept != plan.kept and self._counted(candidate) <= budget:
                 plan = candidate
             else:
                 full.add(name)
@@ -251,6 +254,8 @@ class Selection:
         least = min(max(int(least), 1), group.size)
         most = min(max(int(most), least), group.size)
         channels = _channels_per_unit(self.analysis, group)
+        if isinstance(self.target.round_to, str):
+            return edges(self._meter().model, group.name, np.arange(least, most + 1), channels)
         step = self.target.round_to // gcd(self.target.round_to, channels)
         widths = set(range(-(-least // step) * step, most + 1, step))
         # The width that the network had suits it too; and a bound holds even between multiples.
@@ -279,19 +284,11 @@ class Selection:
 
     def _meter(self) -> LatencyMeter:
         if self._latency is None:
-            raise TargetError("a latency target is measured; it needs a network and example inputs")
+            raise TargetError(
+                "a latency target and round_to='auto' are measured and need a network and example "
+                "inputs: pass latency=rbpfx.PlanMeter(gm, analysis, inputs)"
+            )
         return self._latency
-
-    def _distinct(self, scores: Mapping[str, Values], thresholds: Values) -> Values:
-        """Thresholds whose plans differ by `LATENCY_STEP` of the MACs, as each look takes time."""
-        chosen = [float(thresholds[-1])]
-        after = self._counted(self._above(scores, chosen[0]))
-        for threshold in thresholds[:: -max(len(thresholds) // 400, 1)].tolist():
-            cost = self._counted(self._above(scores, threshold))
-            if cost - after >= LATENCY_STEP:
-                chosen.append(threshold)
-                after = cost
-        return np.array(chosen[::-1])
 
     def _smallest(self) -> PruningPlan:
         flat = {g.name: np.zeros(g.size) for g in self.groups}
@@ -312,13 +309,26 @@ class Selection:
     def _training_budget(self) -> float | None:
         """The budget that noise training works towards, as a share of what `expected` counts.
 
-        A latency is translated by a plan that keeps the same share of every group and just meets
-        it: the MACs of that plan.
+        A latency is translated by a plan that meets it if the units of every group are worth the
+        same, from the first to the last: the MACs of that plan.
         """
         if self.target.cost != "latency" or self.budget is None:
             return self.budget
         ranks = {g.name: (np.arange(g.size) + 0.5) / g.size for g in self.groups}
-        return self._counted(self._within(ranks, self._cost, self.budget))
+        return self._counted(self._search.plan(ranks, self.budget))
+
+    @cached_property
+    def _search(self) -> LatencySearch:
+        """What finds the widths for a latency."""
+
+        def complete(counts: Mapping[str, int], scores: Mapping[str, Values]) -> PruningPlan:
+            none = {name: np.zeros(len(score), dtype=bool) for name, score in scores.items()}
+            best = {n: self._widened(units, scores[n], counts[n]) for n, units in none.items()}
+            return self._complete(best, scores)
+
+        channels = {g.name: _channels_per_unit(self.analysis, g) for g in self.groups}
+        meter = self._meter()
+        return LatencySearch(self.analysis, meter.model, self._allowed, channels, complete, meter)
 
 
 def _chosen_groups(analysis: Analysis, target: Target) -> tuple[ChannelGroup, ...]:

@@ -12,6 +12,8 @@ from rbpfx.errors import TargetError
 COSTS = {"macs": "MACs", "params": "parameters", "latency": "latency"}
 """Field of `Target` -> what a report calls it."""
 
+AUTO = "auto"
+
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 Width = float | None
@@ -33,11 +35,14 @@ class Target:
         params: Parameters, likewise.
         latency: Time of a forward pass: a number up to 1 is the share of the dense network's to
             keep, a string such as "4.5 ms" an absolute time. It is measured on the machine at
-            hand, while `prune` runs, for batches of `batch_size`.
+            hand, while `prune` runs, for batches of `batch_size`; the widths are those that lose
+            least score for the time.
         batch_size: Batch size for which `latency` is meant; that of the loader by default, which
             is also the largest.
         round_to: Make widths a multiple of this number of channels (8 or 16 serve most kernels).
-            Rounding keeps more of the best units; the budget then pays for them elsewhere.
+            Rounding keeps more of the best units; the budget then pays for them elsewhere. "auto"
+            takes the widths at which the next wider ones take noticeably longer on the machine
+            at hand, measured operator by operator.
         min_width: Least number of units in every group.
         widths: Pattern -> (least, most) units of a group: whole numbers are counts, fractions
             shares of the dense width, None no bound. Of several patterns the last one counts.
@@ -56,7 +61,7 @@ class Target:
     params: float | None = None
     latency: float | str | None = None
     batch_size: int | None = None
-    round_to: int = 1
+    round_to: int | str = 1
     min_width: int = 1
     widths: Mapping[str, tuple[Width, Width]] = field(default_factory=dict)
     include: Sequence[str] = ()
@@ -76,6 +81,10 @@ class Target:
                 raise TargetError(f"Target({name}={value}) must be positive, for example 0.5")
         for name in ("round_to", "min_width", "batch_size"):
             value = getattr(self, name)
+            if name == "round_to" and value == AUTO:
+                continue
+            if isinstance(value, str):
+                raise TargetError(f"Target({name}={value!r}) must be a number, or round_to='auto'")
             if value is not None and (value != int(value) or value < 1):
                 raise TargetError(f"Target({name}={value}) must be a whole number, 1 at least")
         for name in ("include", "exclude"):

@@ -16,21 +16,22 @@ from torch.nn import functional as F
 import rbpfx
 from rbpfx import (
     METHODS,
+    Comparison,
     FineTune,
     InputError,
     Latency,
     NothingToPruneError,
+    PlanMeter,
     PruningResult,
     Recursion,
     Target,
     Training,
     count_macs,
     count_parameters,
-    measure_latency,
 )
 from rbpfx.methods import Gate
 from rbpfx.plan import PruningPlan
-from rbpfx.result import PlanMeter
+from tests.latency.machine import StairTimes
 from tests.toy import ShortcutNet, stripes, trained
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -335,13 +336,24 @@ class TestLatency:
         """
         sizes: list[int] = []
 
-        def measure(models: Any, inputs: Any, **_: Any) -> list[Latency]:
+        def measure(models: Any, inputs: Any, **_: Any) -> Any:
             batch = inputs if isinstance(inputs, Tensor) else inputs[0]
             sizes.append(len(batch))
-            graphs = [m if isinstance(m, fx.GraphModule) else rbpfx.trace(m, batch) for m in models]
-            return [Latency(1e-9 * len(batch) * count_macs(g), 0.0, 3) for g in graphs]
+            networks = models if isinstance(models, list) else [models]
+            graphs = [
+                m if isinstance(m, fx.GraphModule) else rbpfx.trace(m, batch) for m in networks
+            ]
+            seconds = [1e-9 * len(batch) * count_macs(g) for g in graphs]
+            found = [Latency(s, 0.0, 3, times=(s,) * 3) for s in seconds]
+            return found if isinstance(models, list) else found[0]
+
+        def compare(baseline: nn.Module, model: nn.Module, inputs: Any, **_: Any) -> Comparison:
+            return Comparison(*measure([baseline, model], inputs))
 
         monkeypatch.setattr(rbpfx.result, "measure_latency", measure)
+        monkeypatch.setattr(rbpfx.latency.meter, "measure_latency", measure)
+        monkeypatch.setattr(rbpfx.latency.meter, "compare_latency", compare)
+        monkeypatch.setattr(rbpfx.latency.model, "OperatorTimes", lambda _: StairTimes(block=1))
         return sizes
 
     @pytest.mark.parametrize(
@@ -379,10 +391,7 @@ class TestLatency:
             looks.append(([len(units) for _, units in sorted(plan.kept.items())], share))
             return share
 
-        def quickly(models: Any, inputs: Any, **_: Any) -> list[Latency]:
-            return measure_latency(models, inputs, seconds=0.02)
-
-        monkeypatch.setattr(rbpfx.result, "measure_latency", quickly)
+        monkeypatch.setattr(PlanMeter, "SECONDS", 0.05)
         monkeypatch.setattr(PlanMeter, "__call__", look)
         result = self.prune(Target(latency=0.6))
         kept = [len(units) for _, units in sorted(result.plan.kept.items())]

@@ -162,8 +162,12 @@ def tie_groups(state: Propagation, atoms: Atoms, groups: int) -> None:
         state.identities.tie(by_group[1:], by_group[:1])
 
 
+def channel_dim(node: fx.Node, gm: fx.GraphModule) -> int:
+    """The channel axis of a convolution: 1, or 0 for an input without batch axis."""
+    return _channel_dim(tensor_input(node), _weight_shape(node, gm))
+
+
 def _channel_dim(value: fx.Node, weight_shape: tuple[int, ...]) -> int:
-    """The channel axis: 1, or 0 for an input without batch axis."""
     return len(shape_of(value)) - len(weight_shape) + 1
 
 

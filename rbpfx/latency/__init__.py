@@ -1,0 +1,16 @@
+"""Latency: networks timed side by side, so that a noisy machine slows both."""
+
+from rbpfx.latency.examples import first_examples, resize_batch
+from rbpfx.latency.measure import compare_latency, measure_latency
+from rbpfx.latency.memory import Memory
+from rbpfx.latency.results import Comparison, Latency
+
+__all__ = [
+    "Comparison",
+    "Latency",
+    "Memory",
+    "compare_latency",
+    "first_examples",
+    "measure_latency",
+    "resize_batch",
+]

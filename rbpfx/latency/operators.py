@@ -1,0 +1,164 @@
+"""Times of single operators on this machine, measured once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+SECONDS = 0.02
+REPEATS = 30
+"""An operator is timed for so long, or so often, but twice at least; the fastest time counts, as
+whatever disturbs a measurement makes it longer. These values are ours."""
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator on tensors of given shapes.
+
+    Attributes:
+        key: Describes it: operators of one key take the same time.
+        prepare: Allocates its operands and returns a call of it.
+    """
+
+    key: str
+    prepare: Callable[[], Call]
+
+
+class OperatorTimes:
+    """Seconds of operators, by key.
+
+    The times are kept in a file of the user's cache folder (`RBPFX_CACHE`, else `XDG_CACHE_HOME`,
+    else `~/.cache`), one for every device, version of torch and number of threads.
+
+    Args:
+        device: Where the operators run.
+        path: Another file; None for the one in the cache.
+    """
+
+    def __init__(self, device: torch.device, path: Path | None = None) -> None:
+        self.device = device
+        self.machine = describe_machine(device)
+        self.path = path or cache_directory() / f"operators-{_digest(self.machine)}.json"
+        self.seconds: dict[str, float] = self._load()
+
+    def __getitem__(self, key: str) -> float:
+        """Seconds of an operator that was measured."""
+        return self.seconds[key]
+
+    def measure(self, operators: Iterable[Operator], progress: bool = False) -> None:
+        """Time the operators that the table does not have yet, and save it.
+
+        Args:
+            operators: The operators.
+            progress: Whether to show a progress bar.
+        """
+        missing = {o.key: o for o in operators if o.key not in self.seconds}
+        if not missing:
+            return
+        bar = tqdm(missing.values(), "timing operators", disable=not progress, delay=2.0)
+        with torch.no_grad():
+            for operator in bar:
+                self.seconds[operator.key] = fastest(operator.prepare(), self.device)
+        self._save()
+
+    def _load(self) -> dict[str, float]:
+        """The times in the file; none if there is no file, or it is damaged or of another kind."""
+        try:
+            content = json.loads(self.path.read_text())
+            if content["machine"] == self.machine:
+                return {str(key): float(value) for key, value in content["seconds"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        return {}
+
+    def _save(self) -> None:
+        """Write the file aside and rename it; a cache that cannot be written is done without."""
+        self.seconds = {**self._load(), **self.seconds}  # another process may have added some
+        content = json.dumps({"machine": self.machine, "seconds": self.seconds}, indent=0)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".part")
+            with os.fdopen(handle, "w") as file:
+                file.write(content)
+            os.replace(name, self.path)
+        except OSError:
+            pass
+
+
+def fastest(call: Call, device: torch.device) -> float:
+    """The shortest of repeated times of a call in seconds, after one call that does not count."""
+    _elapsed(call, device)
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < REPEATS and sum(times) < SECONDS):
+        times.append(_elapsed(call, device))
+    return min(times)
+
+
+def filled(like: Tensor, shape: Iterable[int], channels_last: bool = False) -> Tensor:
+    """A tensor of another shape, filled with a number that is quick to compute with.
+
+    Zeros would not do: untouched memory is a single page in the cache of the processor.
+
+    Args:
+        like: Tells dtype and device; may be a fake tensor.
+        shape: The shape.
+        channels_last: Whether to lay out a 4-d tensor with the channels last.
+    """
+    value = 0.5 if like.is_floating_point() else 1 if like.dtype == torch.bool else 0
+    tensor = torch.full(tuple(shape), value, dtype=like.dtype, device=like.device)
+    if channels_last and tensor.ndim == 4:
+        tensor = tensor.to(memory_format=torch.channels_last)
+    return tensor
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What times depend on, beside the operator."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    return {"device": name, "threads": threads, "torch": torch.__version__}
+
+
+def cache_directory() -> Path:
+    """The folder for what can be measured or made again."""
+    chosen = os.environ.get("RBPFX_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rbpfx"
+
+
+def _elapsed(call: Call, device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _digest(machine: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]
