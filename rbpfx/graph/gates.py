@@ -21,6 +21,7 @@ from rbpfx.graph.copying import copy_model
 from rbpfx.graph.groups import Analysis, ChannelGroup
 from rbpfx.graph.operands import Read
 from rbpfx.graph.parts import captured_parts
+from rbpfx.graph.products import multiply
 from rbpfx.graph.provenance import Atoms
 from rbpfx.graph.rules.base import shape_of
 from rbpfx.graph.slicing import Multipliers
@@ -199,7 +200,7 @@ class _Inserter:
                 for atoms in read.atoms:
                     multiplier = self._multiplier(atoms, read, node)
                     if multiplier is not None:
-                        value = self.graph.call_function(torch.mul, (value, multiplier))
+                        value = call_leaf(self.graph, multiply, (value, multiplier))
             self.products[key] = value
         product = self.read_values[read.node, read.source] = self.products[key]
         if product is not source:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rbpfx.errors import InputError, RbpfxError
+from rbpfx.graph.products import recomputing
 from rbpfx.methods import Phase
 from rbpfx.training.layout import has_images, keep_layout, to_channels_last
 from rbpfx.training.settings import PRECISIONS, Training, Update
@@ -144,7 +145,7 @@ class Stepper:
         """Compute the loss of a batch and pass it on to `update`."""
         if self._channels_last:
             batch = to_channels_last(batch)
-        with self._autocast(), self._gates_uncompiled():
+        with self._autocast(), self._gates_uncompiled(), recomputing():
             if self.settings.train_step is not None:
                 self.settings.train_step(self._network, batch, update)
                 return

@@ -68,8 +68,8 @@ def steps_per_epoch(loader: Loader, accumulate: int = 1) -> int:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a module's state, to return to."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """A copy of a module's state in the memory of the CPU, to return to."""
+    return {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from rbpfx.errors import PlanError, RbpfxError
 from rbpfx.graph.capture import trace
 from rbpfx.graph.gates import ConstantGate, apply_mask, channel_multiplier, insert_gates
 from rbpfx.graph.groups import analyze
+from rbpfx.graph.products import multiply
 from rbpfx.plan import PruningPlan
 from tests.graph.laws import Snapshot
 
@@ -145,7 +146,7 @@ def test_shared_reads_are_multiplied_once() -> None:
     gm = trace(Shared(), torch.zeros(2, 3, 4, 4))
     analysis = analyze(gm)
     masked = apply_mask(gm, analysis, PruningPlan({"stem": [0]}))
-    products = [n for n in masked.graph.nodes if n.target is torch.mul]
+    products = [n for n in masked.graph.nodes if n.target is multiply]
     assert len(products) == 1 and len(products[0].users) == 2
 
 
