@@ -3,7 +3,7 @@
 A *source* is where the widths come from: the dense network, rbpfx at a budget of
 multiply-accumulates with widths as they fall (`ragged`) or in multiples of 16 (`rounded`), and
 Torch-Pruning 1.6.1 at the multiply-accumulates of `ragged`. A *form* is how it runs: as `emitted`,
-`deployed` by `rbpfx.deployment.deploy`, exported to `onnx` for ONNX Runtime, or `compiled` by
+`deployed` by `rbpfx.deploy`, exported to `onnx` for ONNX Runtime, or `compiled` by
 `torch.compile`. Weights are random and untrained, which changes no kernel; scores are magnitudes.
 """
 
@@ -16,15 +16,16 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 import rbpfx
 from benchmarks import _torch_pruning
 from benchmarks._isolate import first_line
 from benchmarks._zoo import torchvision_model
 from rbpfx import Target
-from rbpfx.deployment.deploy import deploy
 from rbpfx.graph.verification import difference
 from rbpfx.training.loop import refresh_batchnorm
 from rbpfx.training.task import Task
@@ -86,9 +87,16 @@ def _by_rbpfx(model: nn.Module, image: Tensor, target: Target) -> nn.Module:
     gm = rbpfx.trace(model, image)
     analysis = rbpfx.analyze(gm)
     selection = rbpfx.Selection(analysis, target)
-    noisy = rbpfx.insert_noise(gm, analysis, "magnitude", groups=[g.name for g in selection.groups])
-    scores = {gate.group: gate.score().double().numpy() for gate in rbpfx.noise_gates(noisy)}
-    return rbpfx.rewrite(gm, analysis, selection.plan(scores))
+    return rbpfx.rewrite(gm, analysis, selection.plan(magnitudes(gm, analysis, selection)))
+
+
+def magnitudes(
+    gm: nn.Module, analysis: rbpfx.Analysis, selection: rbpfx.Selection
+) -> dict[str, np.ndarray]:
+    """The scores of `method="magnitude"`: group name -> score of every unit."""
+    names = [group.name for group in selection.groups]
+    noisy = rbpfx.insert_noise(gm, analysis, "magnitude", groups=names)
+    return {g.group: g.score().double().cpu().numpy() for g in rbpfx.noise_gates(noisy)}
 
 
 def _by_peer(network: str, ratio: float, image_size: int) -> nn.Module:
@@ -96,15 +104,32 @@ def _by_peer(network: str, ratio: float, image_size: int) -> nn.Module:
     ours = source("ragged", network, ratio, image_size)
     if isinstance(ours, str):
         raise RuntimeError(f"no network of ours to match: {ours}")
-    cut = _torch_pruning.cut_to(
-        dense(network, image_size),
-        _image(image_size),
-        macs(ours, image_size),
-        _torch_pruning.Settings(),
-    )
+    model, settings = dense(network, image_size), _torch_pruning.Settings()
+    if isinstance(model, VisionTransformer):
+        model = _with_free_width(model)
+        # It narrows the residual stream, which all heads share.
+        heads = model.encoder.layers[0].self_attention.num_heads
+        settings = _torch_pruning.Settings(round_to=heads)
+    budget = macs(ours, image_size)
+    cut = _torch_pruning.cut_to(model, _image(image_size), budget, settings)
     if cut is None:
         raise RuntimeError("no ratio of channels reaches the budget")
     return cut.model
+
+
+class _FreeWidth(VisionTransformer):
+    """A vision transformer that asks its layers for its width, as its forward checks it."""
+
+    @property
+    def hidden_dim(self) -> int:
+        return self.conv_proj.out_channels
+
+
+def _with_free_width(model: VisionTransformer) -> VisionTransformer:
+    model = copy.deepcopy(model)
+    del model.hidden_dim
+    model.__class__ = _FreeWidth
+    return model
 
 
 def _settled(model: nn.Module, image_size: int) -> nn.Module:
@@ -135,7 +160,7 @@ def in_form(form: str, network: nn.Module, images: Tensor, threads: int) -> nn.M
     if form == "emitted":
         return network
     if form == "deployed":
-        return deploy(network, images)
+        return rbpfx.deploy(network, images)
     if form == "compiled":
         return torch.compile(network, dynamic=False)  # type: ignore[return-value]
     return OnnxNetwork(network, images, threads)

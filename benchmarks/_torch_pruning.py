@@ -53,12 +53,14 @@ class Settings:
         sparse: Whether sparse learning comes first.
         inner_only: Whether the residual stream stays whole.
         normalizer: What the importances within a group are divided by.
+        round_to: Make widths a multiple of this number of channels.
     """
 
     global_ranking: bool = False
     sparse: bool = False
     inner_only: bool = False
     normalizer: str = "mean"
+    round_to: int | None = None
 
 
 METHODS = {
@@ -236,6 +238,7 @@ def _pruner(
             pruning_ratio_dict=exceptions or None,
             iterative_steps=STEPS,
             ignored_layers=_ignored(model, settings),
+            round_to=settings.round_to,
         )
 
 

@@ -196,6 +196,7 @@ def _figures(
         "over_dense": ("dense", "emitted"),
         "over_dense_in_same_form": ("dense", form),
         "over_torch_pruning": (PEER, form),
+        "over_torch_pruning_as_emitted": (PEER, "emitted"),
     }
     ratios = {
         column: _quartiles(latencies[other], latency)

@@ -1,13 +1,18 @@
 """rbpfx: structured pruning of PyTorch networks as a compiler over torch.fx graphs."""
 
+from rbpfx.deployment.deploy import deploy
+from rbpfx.deployment.export import export
 from rbpfx.errors import (
     CaptureError,
     DivergenceError,
+    ExportError,
     InputError,
+    LoadError,
     NothingToPruneError,
     PlanError,
     RbpfxError,
     RuleError,
+    SaveError,
     TargetError,
     VerificationError,
 )
@@ -43,6 +48,7 @@ from rbpfx.prune import prune
 from rbpfx.rebinding import rebind
 from rbpfx.report import Figures, Report
 from rbpfx.result import Front, PruningResult
+from rbpfx.saving.load import load
 from rbpfx.selection import Reached, Selection
 from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune
@@ -65,6 +71,7 @@ __all__ = [
     "ChannelGroup",
     "Comparison",
     "DivergenceError",
+    "ExportError",
     "Figures",
     "FineTune",
     "Front",
@@ -72,6 +79,7 @@ __all__ = [
     "Gate",
     "InputError",
     "Latency",
+    "LoadError",
     "MacKay",
     "Magnitude",
     "Method",
@@ -89,6 +97,7 @@ __all__ = [
     "Report",
     "Rule",
     "RuleError",
+    "SaveError",
     "Selection",
     "Target",
     "TargetError",
@@ -101,7 +110,10 @@ __all__ = [
     "compare_latency",
     "count_macs",
     "count_parameters",
+    "deploy",
+    "export",
     "insert_noise",
+    "load",
     "measure_latency",
     "noise_gates",
     "prune",

@@ -34,7 +34,22 @@ class NothingToPruneError(RbpfxError):
 
 
 class VerificationError(RbpfxError):
-    """The sliced network differs from the masked one: a rule is wrong, the result is not used."""
+    """A network is not used, as it differs from the one that it should equal.
+
+    That is the masked one for a sliced network, the original for a deployed or exported one.
+    """
+
+
+class SaveError(RbpfxError):
+    """A pruned network cannot be saved, or written as source."""
+
+
+class ExportError(RbpfxError):
+    """A network could not be written in the format that was asked for."""
+
+
+class LoadError(RbpfxError):
+    """A saved network is damaged, or does not belong to the model it is loaded into."""
 
 
 class DivergenceError(RbpfxError):

@@ -22,6 +22,7 @@ from rbpfx.latency.meter import PlanMeter
 from rbpfx.methods import Method, find_method, insert_noise
 from rbpfx.progress import Bar
 from rbpfx.result import Emission, PruningResult
+from rbpfx.saving.origin import Origin
 from rbpfx.selection import Selection
 from rbpfx.target import AUTO, Target
 from rbpfx.training.finetune import FineTune
@@ -137,7 +138,7 @@ def prune(
             if target is None or (target.cost != "latency" and target.round_to != AUTO):
                 return None
             examples = first_examples(inputs, target.batch_size or batch)
-            return PlanMeter(gm, analysis, examples, progress)
+            return PlanMeter(gm, analysis, examples, progress, target.deployed)
 
         selection = Selection(analysis, target, meter(target))
         accuracy = evaluate(dense)
@@ -152,7 +153,9 @@ def prune(
         else:
             gates.decide(loader)
         _take_weights(gm, noisy)
+    options = {"unit": unit, "attention": attention, "normalization": normalization}
     emission = Emission(
+        origin=Origin.of(model, gm, inputs, leaf_modules, **options),
         original=dense,
         gm=gm,
         analysis=analysis,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from rbpfx.deployment.deploy import deploy
 from rbpfx.errors import InputError, RbpfxError, TargetError
 from rbpfx.graph.capture import ExampleInputs
 from rbpfx.graph.cost import count_macs, count_parameters
@@ -24,6 +26,9 @@ from rbpfx.methods import Method
 from rbpfx.plan import PruningPlan
 from rbpfx.progress import Bar
 from rbpfx.report import Figures, Report
+from rbpfx.saving.origin import Origin
+from rbpfx.saving.save import save
+from rbpfx.saving.source import write_source
 from rbpfx.selection import LatencyMeter, Selection, Units, Values
 from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune, finetune
@@ -49,6 +54,7 @@ class PruningResult:
             for multipliers that were folded in.
         analysis: Its analysis.
         source: A weak reference to the model that was given to `prune`, for `rbpfx.rebind`.
+        origin: What has to be known of that model to rebuild the network from files.
     """
 
     model: nn.Module
@@ -58,6 +64,67 @@ class PruningResult:
     analysis: Analysis = field(repr=False)
     source: weakref.ref[nn.Module] | None = field(default=None, repr=False)
     emission: Emission | None = field(default=None, repr=False)
+    origin: Origin | None = field(default=None, repr=False)
+
+    def deploy(self, **options: Any) -> nn.Module:
+        """The form of the network to run: equal to it in eval mode, and faster.
+
+        Args:
+            options: Those of `rbpfx.deploy`: `dtype`, `compile`, and others.
+
+        Raises:
+            RbpfxError: The result was loaded or pickled, and the example inputs are gone; use
+                `rbpfx.deploy(result.model, example_inputs)`.
+            VerificationError: The deployed network differs.
+        """
+        if self.emission is None:
+            raise RbpfxError(
+                "this result has been pickled or loaded and no longer holds example inputs; call "
+                "rbpfx.deploy(result.model, example_inputs)"
+            )
+        return deploy(self.model, self.emission.inputs, **options)
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        source: str | None = None,
+        program: bool = False,
+    ) -> None:
+        """Save the network as it is now, for `rbpfx.load` in another process or on another machine.
+
+        Writes `plan.json` (how to rebuild it, and the figures of the report) and
+        `weights.safetensors` (all tensors, in their dtypes); no pickle. An earlier save in the
+        directory is replaced when the new one is complete, never in part.
+
+        Args:
+            directory: Where to write; made if it does not exist.
+            source: Where the original comes from, so that `rbpfx.load(directory)` needs no model:
+                for example "torchvision:resnet18?num_classes=10" or "timm:resnet18". By default
+                it is found out for models of torchvision and timm, where it is certain.
+            program: Whether to write `network.pt2` too, an exported program of the network in
+                eval mode, for models without a name. Read the caveat on `rbpfx.load(trusted=...)`.
+
+        Raises:
+            SaveError: The result cannot be described, `source` is another architecture, or the
+                directory cannot be written.
+        """
+        save(self, directory, source=source, program=program)
+
+    def to_source(self, path: str | os.PathLike[str]) -> None:
+        """Write the network as readable Python, with its widths written out.
+
+        The module holds one class, named as that of the original, which needs neither rbpfx nor
+        arguments. `weights.safetensors` fits it: pass `safetensors.torch.load_file(...)` to its
+        `load_state_dict` or, with tied parameters, use `safetensors.torch.load_model`.
+
+        Args:
+            path: The file to write, for example "network.py".
+
+        Raises:
+            SaveError: A part of the network cannot be written as source; names it.
+        """
+        write_source(self.model, path)
 
     def sweep(
         self, targets: float | Target | Iterable[float | Target], recovery: FineTune | None = None
@@ -127,6 +194,7 @@ class Emission:
     """All it takes to emit a network for a target once the gates are trained.
 
     Attributes:
+        origin: What has to be known of the model that was given to rebuild networks from files.
         original: The dense network as it was given, in eval mode: baseline and teacher.
         gm: The captured network, with the weights as trained along with the gates.
         analysis: Its analysis.
@@ -152,6 +220,7 @@ class Emission:
         seeded: Context in which random numbers are the same every time.
     """
 
+    origin: Origin
     original: nn.Module
     gm: nn.Module
     analysis: Analysis
@@ -283,7 +352,9 @@ class Emission:
             inexact=self.analysis.inexact(plan),
             metric=self.metric,
         )
-        return PruningResult(pruned, plan, report, self.gm, self.analysis, source, self)
+        return PruningResult(
+            pruned, plan, report, self.gm, self.analysis, source, self, self.origin
+        )
 
 
 __all__ = ["Emission", "Front", "PruningResult"]

@@ -105,7 +105,6 @@ class Selection:
         self.budget = None if self.target.cost is None else self.target.share(self._dense_cost())
         self._allowed = {g.name: self._allowed_widths(g) for g in self.groups}
         self._require_reachable()
-        self.training_budget = self._training_budget()
 
     def expected(self, shares: Mapping[str, Values | float]) -> float:
         """Share of the dense cost that training counts if units stay with these probabilities.
@@ -306,7 +305,8 @@ class Selection:
                 f"still keeps {least:.1%}; choose a larger target"
             )
 
-    def _training_budget(self) -> float | None:
+    @cached_property
+    def training_budget(self) -> float | None:
         """The budget that noise training works towards, as a share of what `expected` counts.
 
         A latency is translated by a plan that meets it if the units of every group are worth the

@@ -37,6 +37,8 @@ class Target:
             keep, a string such as "4.5 ms" an absolute time. It is measured on the machine at
             hand, while `prune` runs, for batches of `batch_size`; the widths are those that lose
             least score for the time.
+        deployed: Whether `latency` is that of the form that `rbpfx.deploy` gives the networks, not
+            of the networks as they are emitted.
         batch_size: Batch size for which `latency` is meant; that of the loader by default, which
             is also the largest.
         round_to: Make widths a multiple of this number of channels (8 or 16 serve most kernels).
@@ -60,6 +62,7 @@ class Target:
     macs: float | None = None
     params: float | None = None
     latency: float | str | None = None
+    deployed: bool = False
     batch_size: int | None = None
     round_to: int | str = 1
     min_width: int = 1

@@ -28,7 +28,7 @@ from rbpfx.graph.copying import copy_model
 from rbpfx.graph.exported import trace_program
 from rbpfx.graph.garbage import collection_paused
 from rbpfx.graph.lazy import LazyGraphModule
-from rbpfx.graph.metadata import fake_inputs, fake_mode
+from rbpfx.graph.metadata import fake_inputs, fake_mode, record_metadata
 from rbpfx.graph.modes import merge_modes
 from rbpfx.graph.parts import capture_inside, captured_parts, count_examples, note_examples
 from rbpfx.graph.tracer import GraphTracer, LeafModule, ValueTracer
@@ -104,6 +104,21 @@ def bind_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, An
         InputError: They do not fit the signature.
     """
     return _bound(model, *_as_call(example_inputs))
+
+
+def note_inputs(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Write the metadata that other example inputs give a captured model.
+
+    The parts of a model that runs code of its own keep what they have.
+
+    Raises:
+        InputError: The model does not take these inputs.
+    """
+    part = captured_parts(model).get("")
+    if part is not None:
+        bound = bind_inputs(model, example_inputs)
+        places = [n for n in part.graph.nodes if n.op == "placeholder"]
+        record_metadata(part, [bound[str(n.target)] for n in places])
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

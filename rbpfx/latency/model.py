@@ -15,13 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from rbpfx.graph.capture import ExampleInputs, bind_inputs
+from rbpfx.graph.capture import ExampleInputs, note_inputs
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.groups import Analysis
-from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.modes import evaluated_nodes
 from rbpfx.graph.parts import captured_parts
+from rbpfx.graph.rules.base import module_of
 from rbpfx.graph.slicing import rewrite
 from rbpfx.latency.knapsack import Scope, Table
 from rbpfx.latency.nodes import Layer, Mover, Node, Widths, is_layer, operator_of
@@ -39,7 +40,8 @@ class LatencyModel:
         analysis: The analysis.
         inputs: What the network is called with; None for what it was captured with.
         progress: Whether to show a progress bar while operators are timed.
-        channels_last: Whether 4-d tensors lie with their channels last.
+        deployed: Whether it runs in the form that `rbpfx.deploy` gives it: 4-d tensors lie with
+            their channels last, and BatchNorms are part of the layers before them.
         times: The table of operators; by default the one on disk.
 
     Attributes:
@@ -53,13 +55,13 @@ class LatencyModel:
         inputs: ExampleInputs | None = None,
         *,
         progress: bool = False,
-        channels_last: bool = False,
+        deployed: bool = False,
         times: OperatorTimes | None = None,
     ) -> None:
         self.analysis = analysis
         self.sizes: Widths = np.array([g.size for g in analysis.groups], dtype=np.int64)
         self.progress = progress
-        self.channels_last = channels_last
+        self.deployed = deployed
         self.gm = _with_metadata(analysis.gm, inputs)
         device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
         self.times = times or OperatorTimes(device)
@@ -124,8 +126,10 @@ class LatencyModel:
             for node, twin in zip(source.graph.nodes, part.graph.nodes, strict=True):
                 if node not in evaluated or not node.op.startswith("call_"):
                     continue
+                if self.deployed and isinstance(module_of(twin, part), _BatchNorm):
+                    continue
                 if is_layer(twin, part):
-                    yield Layer(self.analysis, node, twin, part, self.channels_last)
+                    yield Layer(self.analysis, node, twin, part, self.deployed)
                 else:
                     yield Mover(self.analysis, node, twin)
 
@@ -143,7 +147,7 @@ class LatencyModel:
             for part in captured_parts(network).values():
                 for node in part.graph.nodes:
                     if node.name in movers and node.op.startswith("call_"):
-                        operator = operator_of(node, part, self.channels_last)
+                        operator = operator_of(node, part, self.deployed)
                         movers[node.name].probe(widths, operator)
                         found.append(operator)
             self.times.measure(found, self.progress)
@@ -163,10 +167,6 @@ def _with_metadata(analysed: nn.Module, inputs: ExampleInputs | None) -> nn.Modu
     """A copy of a captured network that shares its tensors, with metadata for other inputs."""
     tensors = (*analysed.parameters(), *analysed.buffers())
     gm = copy_model(analysed, {id(tensor): tensor for tensor in tensors}).eval()
-    part = captured_parts(gm).get("")
-    # The parts of a model that runs code of its own get what they got when it was captured.
-    if part is not None and inputs is not None:
-        bound = bind_inputs(gm, inputs)
-        places = [n for n in part.graph.nodes if n.op == "placeholder"]
-        record_metadata(part, [bound[str(n.target)] for n in places])
+    if inputs is not None:
+        note_inputs(gm, inputs)
     return gm

@@ -18,13 +18,16 @@ from rbpfx.plan import PruningPlan
 
 Values = npt.NDArray[np.float64]
 
-CANDIDATES = 9
-"""Widths that are looked at per group and round; ours."""
+CANDIDATES = 6
+"""Widths of a group that the first look is at; ours."""
 
 NEAR = 2
 """Steps to either side of the present width that later rounds look at; ours."""
 
-ROUNDS = 10
+ROUNDS = 9
+PATIENCE = 2
+"""How often a network is measured at most, and how often before finer widths are allowed; ours."""
+
 MET = 0.02
 """A plan that takes up to this share of the budget less is as good as one that spends it all."""
 
@@ -55,8 +58,7 @@ class LatencySearch:
     """Looks for the plan that loses least score within a budget of time.
 
     The table of operators only steers: what counts is the measured latency of the network that is
-    emitted. The budget of the table is corrected by it, and the candidate widths close in, until
-    the budget is met.
+    emitted. The budget of the table is corrected by it until the budget is met.
 
     Args:
         analysis: The analysis.
@@ -96,36 +98,53 @@ class LatencySearch:
             The best plan within the budget that was found; if there is none, the fastest.
         """
         lost = self._losses(scores)
+        names = [g.name for g in self.analysis.groups]
         dense = self.model.seconds(self.model.sizes)
-        blocks = list(BLOCKS)
-        grid = self._grid(blocks.pop(0))
-        steps = [max((len(widths) - 1) / (CANDIDATES - 1), 1.0) for widths in grid]
-        present = np.array([widths[len(widths) // 2] for widths in grid])
-        candidates = [_spread(widths) for widths in grid]
+        grids = [self._grid(BLOCKS[0])]
         found: list[tuple[float, float, PruningPlan]] = []
-        for _ in range(ROUNDS):
-            choice = self._choose(lost, candidates, present, budget * self.correction * dense)
-            present = choice.widths
-            names = [g.name for g in self.analysis.groups]
-            plan = self.complete(dict(zip(names, present.tolist(), strict=True)), scores)
+        for attempt in range(1, ROUNDS + 1):
+            choice = self._narrowed(lost, grids, budget * self.correction * dense)
+            plan = self.complete(dict(zip(names, choice.widths.tolist(), strict=True)), scores)
             share = self.measure(plan)
             found.append((choice.loss, share, plan))
-            self.correction *= (1 - MET / 2) * budget / share
             logger.info(
                 "latency: asked for %.1f%%, by the table %.1f%%, measured %.1f%%; "
                 "score lost %.4g, at least %.4g by the table",
                 *(100 * budget, 100 * choice.cost / dense, 100 * share, choice.loss, choice.bound),
             )
-            if all(step <= 1 for step in steps):
-                if (1 - MET) * budget <= share <= budget:
-                    break
-                if blocks:
-                    grid = self._grid(blocks.pop(0))
-            steps = [max(step / NEAR, 1.0) for step in steps]
-            candidates = [_around(w, p, s) for w, p, s in zip(grid, present, steps, strict=True)]
+            if (1 - MET) * budget <= share <= budget:
+                break
+            self.correction *= (1 - MET / 2) * budget / share
+            if attempt % PATIENCE == 0 and len(grids) < len(BLOCKS):
+                grids.append(self._grid(BLOCKS[len(grids)]))
         within = [entry for entry in found if entry[1] <= budget]
         best = min(within, key=itemgetter(0)) if within else min(found, key=itemgetter(1))
         return best[2]
+
+    def _narrowed(
+        self, lost: Sequence[Values], grids: Sequence[Sequence[Widths]], budget: float
+    ) -> Chosen:
+        """The choice by the table: among a few widths of every group first, then ever nearer ones.
+
+        Args:
+            lost: For every group the score lost at every width.
+            grids: For every group the widths in question, those of the first grid before the finer
+                ones.
+            budget: Seconds.
+        """
+        steps = [max((len(widths) - 1) / (CANDIDATES - 1), 1.0) for widths in grids[0]]
+        present = np.array([widths[len(widths) // 2] for widths in grids[0]])
+        choice = self._choose(lost, [_spread(w) for w in grids[0]], present, budget)
+        levels = []
+        while max(steps) > 1:
+            steps = [max(step / NEAR, 1.0) for step in steps]
+            levels.append((grids[0], steps))
+        levels += [(grid, [1.0] * len(grid)) for grid in grids[1:]]
+        for grid, steps in levels:
+            triples = zip(grid, choice.widths, steps, strict=True)
+            near = [_around(widths, width, step) for widths, width, step in triples]
+            choice = self._choose(lost, near, choice.widths, budget)
+        return choice
 
     def _choose(
         self, lost: Sequence[Values], candidates: Sequence[Widths], present: Widths, budget: float

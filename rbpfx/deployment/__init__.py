@@ -1,0 +1,1 @@
+"""Deployment: the form of a network to run, and files of it for other runtimes."""
