@@ -27,7 +27,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, str]]] = {
     "mobilenet_v2": (lambda: get_model("mobilenet_v2", num_classes=3), IMAGES, {}),
     "densenet121": (lambda: get_model("densenet121", num_classes=3), IMAGES, {}),
     "shufflenet": (lambda: get_model("shufflenet_v2_x0_5", num_classes=3), IMAGES, {}),
-    "convnext": (lambda: get_model("convnext_tiny", num_classes=3), IMAGES, {}),
     "vit": (small_vit, IMAGES, {}),
     "vit_exact": (small_vit, IMAGES, {"normalization": "exact"}),
     "features": (ShortcutNet, torch.rand(2, 1, 6, 6), {"unit": "feature"}),
