@@ -36,7 +36,7 @@ from rbpfx.training.loop import refresh_batchnorm
 from rbpfx.training.settings import Training
 from rbpfx.training.task import Loader, Task
 
-VERIFIED_EXAMPLES = 2
+VERIFIED_EXAMPLES = 4
 
 
 @dataclass
@@ -149,7 +149,7 @@ class PruningResult:
         """
         if self.emission is None:
             raise RbpfxError(
-                "this result has been pickled or loaded and no longer holds the gates and the "
+                "this result has been pickled or copied and no longer holds the gates and the "
                 "loader; sweep the result that prune returned"
             )
         emission = self.emission

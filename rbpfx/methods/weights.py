@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -35,7 +37,7 @@ class UnitWeights:
         self.filters: list[UnitWeights.Member] = []
         self.readers: list[UnitWeights.Member] = []
         self.scales: list[UnitWeights.Member] = []
-        for (name, dim), atoms in analysis.axes.items():
+        for (name, dim), atoms in chain(analysis.axes.items(), analysis.features.items()):
             channels = analysis.channel[atoms]
             mine = analysis.group_of[channels] == number
             if name not in parameters or not mine.any():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rbpfx.errors import VerificationError
+from rbpfx.graph import verification
 from rbpfx.graph.capture import trace
 from rbpfx.graph.gates import apply_mask
 from rbpfx.graph.groups import analyze
@@ -101,3 +102,20 @@ def test_differences() -> None:
     assert difference(infinite, infinite) == 0.0
     assert difference(infinite, torch.tensor([float("-inf"), 1.0])) == float("inf")
     assert difference(nan[:1], nan[:1]) == float("inf")
+
+
+def test_the_smallest_of_a_few_draws_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked, pruned, x = pair()
+    errors = {0: 3e-9, 1: 2e-12, 2: 1.0}
+    drawn = []
+
+    def measured(*_: object, train: bool = False, seed: int = 0) -> float:
+        drawn.append((train, seed))
+        return errors[seed] if train else 0.0
+
+    monkeypatch.setattr(verification, "verify", measured)
+    assert require_equal(masked, pruned, x) == 2e-12
+    assert drawn == [(False, 0), (True, 0), (True, 1)]
+    errors[1] = 1e-6
+    with pytest.raises(VerificationError):
+        require_equal(masked, pruned, x)

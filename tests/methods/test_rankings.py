@@ -154,3 +154,21 @@ def test_unit_weights_count_everything_once(model: nn.Module) -> None:
     axes = {"stem": 1, "conv1": 2, "conv2": 2, "head": 1}
     expected = sum(times * squares[f"{name}.weight"] for name, times in axes.items())
     assert math.isclose(total, expected, rel_tol=1e-5)
+
+
+def test_features_are_ranked_by_the_columns_that_read_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
+    gm = trace(model, torch.zeros(2, 1, 6, 6))
+    analysis = analyze(gm, unit="feature")
+    (features,) = (g for g in analysis.groups if g.size == 64)
+    noisy = insert_noise(gm, analysis, Magnitude(scope="global"))
+    found = {gate.group: gate.score() for gate in noise_gates(noisy)}
+    columns = model[3].weight.detach().norm(dim=0)
+    assert torch.allclose(found[features.name].detach(), columns / columns.mean(), rtol=1e-5)
+    (channels,) = (g for g in analysis.groups if g.size == 4)
+    rows = model[0].weight.detach().square().sum((1, 2, 3))
+    rows += columns.square().reshape(4, 16).sum(1)
+    assert torch.allclose(
+        found[channels.name].detach(), rows.sqrt() / rows.sqrt().mean(), rtol=1e-5
+    )
