@@ -391,7 +391,7 @@ class TestLatency:
             looks.append(([len(units) for _, units in sorted(plan.kept.items())], share))
             return share
 
-        monkeypatch.setattr(PlanMeter, "SECONDS", 0.05)
+        monkeypatch.setattr(PlanMeter, "SECONDS", (0.05, 0.05))
         monkeypatch.setattr(PlanMeter, "__call__", look)
         result = self.prune(Target(latency=0.6))
         kept = [len(units) for _, units in sorted(result.plan.kept.items())]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from functools import cached_property
 
 from torch import nn
@@ -14,6 +16,10 @@ from rbpfx.latency.measure import compare_latency, measure_latency
 from rbpfx.latency.model import LatencyModel
 from rbpfx.latency.operators import OperatorTimes
 from rbpfx.plan import PruningPlan
+
+PRECISION = 0.01
+"""Two networks are measured until the standard error of the ratio of their times is this share of
+it (ours)."""
 
 
 class PlanMeter:
@@ -28,8 +34,8 @@ class PlanMeter:
         times: The table of operators; by default the one on disk.
     """
 
-    SECONDS = 2.0
-    """How long the two networks are measured together, in seconds; ours."""
+    SECONDS = (1.0, 20.0)
+    """How long two networks are measured together at a time and at most, in seconds; ours."""
 
     def __init__(
         self,
@@ -56,7 +62,7 @@ class PlanMeter:
     @cached_property
     def dense_seconds(self) -> float:
         """Latency of the dense network."""
-        return measure_latency(self.dense, self.inputs, seconds=self.SECONDS).median
+        return measure_latency(self.dense, self.inputs, seconds=self.SECONDS[0]).median
 
     @cached_property
     def model(self) -> LatencyModel:
@@ -74,9 +80,23 @@ class PlanMeter:
         key = plan.to_json()
         if key not in self.measured:
             network = self._formed(rewrite(self.gm, self.analysis, plan))
-            pair = compare_latency(self.dense, network, self.inputs, seconds=self.SECONDS)
-            self.measured[key] = 1 / pair.speedup
+            self.measured[key] = self._share(network)
         return self.measured[key]
+
+    def _share(self, network: nn.Module) -> float:
+        """The median of the ratios to the dense network, measured until it is precise enough."""
+        turn, limit = self.SECONDS
+        end = time.perf_counter() + limit
+        ratios: list[float] = []
+        while True:
+            pair = compare_latency(self.dense, network, self.inputs, seconds=turn)
+            times = zip(pair.model.times, pair.baseline.times, strict=True)
+            ratios += [after / before for after, before in times]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            # For normal errors the median of n varies by 1.25 s / sqrt(n), s being 0.74 quartiles.
+            error = 1.25 * 0.74 * (high - low) / len(ratios) ** 0.5
+            if error <= PRECISION * middle or time.perf_counter() >= end:
+                return middle
 
     def _formed(self, network: nn.Module) -> nn.Module:
         return lowered(network, self.inputs) if self.deployed else network

@@ -56,6 +56,29 @@ def test_every_plan_is_measured_once_in_its_form(captured, pairs, deployed: bool
     assert pairs[1][0] is dense
 
 
+def test_a_noisy_machine_is_measured_for_longer(captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = iter([(0.2, 0.5, 0.8)] * 2 + [(0.5, 0.5, 0.5)] * 30)
+    asked = []
+
+    def compare(*_: object, **__: object) -> Comparison:
+        ratios = next(rounds)
+        asked.append(ratios)
+        return Comparison(
+            Latency(1.0, 0.0, 3, times=(1.0,) * 3), Latency(0.5, 0.0, 3, times=ratios)
+        )
+
+    monkeypatch.setattr(meters, "compare_latency", compare)
+    gm, analysis = captured
+    assert PlanMeter(gm, analysis, IMAGES)(PruningPlan()) == 0.5
+    assert 2 < len(asked) < 8
+    rounds = iter([(0.2, 0.5, 0.8)] * 1000)
+    meter = PlanMeter(gm, analysis, IMAGES)
+    meter.SECONDS = (0.0, 0.0)
+    asked.clear()
+    assert meter(PruningPlan()) == 0.5
+    assert len(asked) == 1
+
+
 def test_a_deployed_network_spends_no_time_on_batchnorm(captured) -> None:
     _, analysis = captured
     plain, deployed = (
