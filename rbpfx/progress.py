@@ -7,10 +7,30 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from rbpfx.training.record import Curves
 from rbpfx.training.recursion import Progress
+from rbpfx.training.task import Loader
 
 EVALUATIONS = 4
 """How often the accuracy shown is measured anew in one training phase."""
+
+
+PATIENCE = 2.0
+"""Seconds after which a pass over a loader shows a bar (ours)."""
+
+
+def patient(loader: Loader, title: str, visible: bool) -> Loader:
+    """The loader, with a bar if a pass over it takes longer than `PATIENCE`.
+
+    Args:
+        loader: Batches.
+        title: What they are gone through for.
+        visible: Whether to show anything; if not, this is the loader itself.
+    """
+    if not visible:
+        return loader
+    bar: tqdm[Any] = tqdm(loader, title, leave=False, delay=PATIENCE, dynamic_ncols=True)
+    return bar
 
 
 class Bar:
@@ -20,14 +40,20 @@ class Bar:
         title: What is going on.
         visible: Whether to show anything; if not, nothing is evaluated either.
         evaluate: Accuracy of the network in training, or None if it is not known.
+        curves: Where accuracies, and the losses of training without noise, are written down.
     """
 
     def __init__(
-        self, title: str, visible: bool, evaluate: Callable[[], float | None] = lambda: None
+        self,
+        title: str,
+        visible: bool,
+        evaluate: Callable[[], float | None] = lambda: None,
+        curves: Curves | None = None,
     ) -> None:
         self.bar = tqdm(desc=title, disable=not visible, dynamic_ncols=True, unit="step")
         self.visible = visible
         self.evaluate = evaluate
+        self.curves = curves or Curves()
         self.evaluations = 0
         self.accuracy: float | None = None
 
@@ -49,7 +75,8 @@ class Bar:
         )
 
     def steps(self, step: int, steps: int, loss: float) -> None:
-        """Show a step of any other training."""
+        """Show and write down a step of any other training."""
+        self.curves.add(step, steps, loss=loss)
         self._show(step, steps, loss=f"{loss:.3f}")
 
     def _show(self, step: int, steps: int, **shown: Any) -> None:
@@ -58,6 +85,8 @@ class Bar:
         if step * EVALUATIONS >= (self.evaluations + 1) * steps:
             self.evaluations += 1
             self.accuracy = self.evaluate()
+            if self.accuracy is not None:
+                self.curves.point(step, accuracy=self.accuracy)
         if self.accuracy is not None:
             shown["accuracy"] = f"{self.accuracy:.2%}"
         self.bar.total = steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from rbpfx.circumstances import in_words
 from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError, TargetError
 from rbpfx.graph.capture import ExampleInputs, LeafModule, call_with, evaluating, trace
 from rbpfx.graph.copying import copy_model
@@ -20,16 +22,18 @@ from rbpfx.graph.verification import difference
 from rbpfx.latency import first_examples
 from rbpfx.latency.meter import PlanMeter
 from rbpfx.methods import Method, find_method, insert_noise
-from rbpfx.progress import Bar
+from rbpfx.progress import Bar, patient
 from rbpfx.result import Emission, PruningResult
 from rbpfx.saving.origin import Origin
 from rbpfx.selection import Selection
 from rbpfx.target import AUTO, Target
 from rbpfx.training.finetune import FineTune
-from rbpfx.training.recursion import RecursiveTraining
+from rbpfx.training.recursion import Progress, RecursiveTraining
 from rbpfx.training.schedule import Recursion
 from rbpfx.training.settings import Training
 from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task, batch_size
+
+logger = logging.getLogger(__name__)
 
 CAPTURE_TOLERANCE = 1e-4
 
@@ -57,6 +61,7 @@ def prune(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
+    callback: Callable[[Progress], None] | None = None,
 ) -> PruningResult:
     """Make a trained network smaller and faster; how much is left is decided by the data.
 
@@ -88,6 +93,8 @@ def prune(
         device: Where to work and to leave the result; by default where the model is.
         seed: Seed of torch's random numbers. Its generators are left as they were.
         progress: Whether to show a progress bar.
+        callback: Called after every step of both trainings; what it raises ends them. For example
+            a `rbpfx.reporting.TensorBoardLogger`.
 
     Returns:
         The smaller network, the plan and the report.
@@ -120,7 +127,7 @@ def prune(
     if distill and training.train_step is not None:
         raise InputError("distill=True does not go with a train_step of your own; distil in it")
     _require_repeatable(loader, val_loader)
-    evaluate = _evaluation(task, metric, val_loader)
+    evaluate = _evaluation(task, metric, val_loader, progress)
 
     def seeded() -> AbstractContextManager[None]:
         return _seeded(seed, device)
@@ -133,6 +140,7 @@ def prune(
         _check_capture(dense, gm, inputs)
         analysis = analyze(gm, unit=unit, attention=attention, normalization=normalization)
         _require_groups(analysis)
+        logger.info("captured %s: %r", type(model).__name__, analysis)
 
         def meter(target: Target | None) -> PlanMeter | None:
             if target is None or (target.cost != "latency" and target.round_to != AUTO):
@@ -148,10 +156,11 @@ def prune(
         settings = recursion or method.recursion()
         gates = RecursiveTraining(noisy, selection, method, task, settings, teacher, training)
         if method.trains or recursion is not None:
-            with Bar("noise", progress, lambda: evaluate(noisy)) as bar:
-                gates.run(loader, bar.noise if progress else None)
+            with Bar("noise", progress, lambda: evaluate(noisy), gates.curves) as bar:
+                listeners = [*([bar.noise] if progress else []), *([callback] if callback else [])]
+                gates.run(loader, _all_of(listeners) if listeners else None)
         else:
-            gates.decide(loader)
+            gates.decide(patient(loader, "scores", progress))
         _take_weights(gm, noisy)
     options = {"unit": unit, "attention": attention, "normalization": normalization}
     emission = Emission(
@@ -165,6 +174,18 @@ def prune(
         needed=gates.needed,
         multipliers=gates.multipliers,
         history=gates.history,
+        curves=gates.curves.series,
+        histograms=gates.histograms,
+        settings={
+            "target": in_words(target),
+            "recursion": in_words(settings if method.trains or recursion is not None else None),
+            "recovery": in_words(recovery),
+            "training": in_words(training),
+            "distill": in_words(distill),
+            "seed": in_words(seed),
+            **options,
+        },
+        callback=callback,
         task=task,
         loader=loader,
         inputs=inputs,
@@ -181,6 +202,16 @@ def prune(
         seeded=seeded,
     )
     return emission.emit(selection, started=started, source=weakref.ref(model))
+
+
+def _all_of(listeners: list[Callable[[Progress], None]]) -> Callable[[Progress], None]:
+    """One listener that tells all others."""
+
+    def tell(progress: Progress) -> None:
+        for listener in listeners:
+            listener(progress)
+
+    return tell
 
 
 @contextmanager
@@ -287,7 +318,7 @@ def _take_weights(gm: nn.Module, noisy: nn.Module) -> None:
 
 
 def _evaluation(
-    task: Task, metric: Metric | None, val_loader: Loader | None
+    task: Task, metric: Metric | None, val_loader: Loader | None, progress: bool
 ) -> Callable[[nn.Module], float | None]:
     """What is reported of a network; it draws no random numbers that training would miss."""
     if val_loader is None:
@@ -299,7 +330,9 @@ def _evaluation(
             raise InputError(
                 "with a loss of your own, give metric=... to say what is measured on val_loader"
             )
-        metric = task.accuracy
+
+        def metric(network: nn.Module, batches: Loader) -> float:
+            return task.accuracy(network, patient(batches, "accuracy", progress))
 
     def evaluate(network: nn.Module) -> float:
         with torch.random.fork_rng(devices=[]), evaluating(network), torch.no_grad():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from math import isfinite
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from rbpfx.errors import InputError, LoadError
+from rbpfx.plain import from_plain, to_plain
+from rbpfx.saving.schema import PLAN, SavedPlan
 from rbpfx.selection import Reached
+from rbpfx.target import COSTS
+from rbpfx.training.record import BINS, GateHistograms, Series
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,12 @@ class Report:
         history: One entry per hardened group: step, strength, expected cost, open gates.
         metric: Name of what `accuracy` is.
         inexact: Normalisations that were sliced without regard to exactness, on demand.
+        curves: Training phase -> figures over its steps: loss, bound, expected cost, open gates,
+            and accuracy where it was measured.
+        gates: How open the gates of every group were, from time to time.
+        coupling: Group name -> the groups that are computed from it.
+        settings: What was asked for, in words: name -> value.
+        environment: When and with what it was made: date, versions, processor.
     """
 
     method: str
@@ -65,16 +76,71 @@ class Report:
     metric: str = "accuracy"
     inexact: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    curves: dict[str, Series] = field(default_factory=dict, repr=False)
+    gates: GateHistograms = field(default_factory=GateHistograms, repr=False)
+    coupling: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    settings: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types; numbers that JSON lacks, like infinity, are None."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = to_plain(self)
         return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Report:
+        """The report that `to_dict` made plain; numbers that are None are not-a-number then.
+
+        Raises:
+            LoadError: Entries are missing, of another type, or contradict each other.
+        """
+        report: Report = from_plain(cls, plain, "report")
+        _require_consistent(report)
+        return report
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Report:
+        """The report of a result that was saved with `PruningResult.save`.
+
+        Raises:
+            LoadError: The directory holds no plan.json, or a damaged one.
+        """
+        try:
+            text = (Path(directory) / PLAN).read_bytes()
+        except OSError as error:
+            raise LoadError(f"{PLAN} cannot be read: {error}") from error
+        return cls.from_dict(dict(SavedPlan.from_json(text).report))
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one file: a page that needs nothing beside it, or a picture.
+
+        Args:
+            path: Ends in .html, or in .png, .svg or .pdf, which need matplotlib.
+
+        Raises:
+            InputError: It ends in something else, or matplotlib is missing.
+            OSError: The file cannot be written.
+        """
+        from rbpfx.reporting import render_html, render_picture
+
+        path = Path(path)
+        if path.suffix == ".html":
+            path.write_text(render_html(self), encoding="utf-8")
+        elif path.suffix in (".png", ".svg", ".pdf"):
+            render_picture(self).savefig(path)
+        else:
+            raise InputError(f"a report is written as .html, .png, .svg or .pdf, not {path.name!r}")
+
+    def _repr_html_(self) -> str:
+        from rbpfx.reporting import render_summary
+
+        return render_summary(self)
 
     def __str__(self) -> str:
         return "\n\n".join([self._figures(), self._widths(), self._closing()])
 
-    def _figures(self) -> str:
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """What is compared, as text: name, dense, pruned, change."""
         dense, pruned = self.dense, self.pruned
         measured = [
             ("parameters", dense.parameters, pruned.parameters, "{:,}".format),
@@ -90,18 +156,24 @@ class Report:
         ]
         if dense.accuracy is not None and pruned.accuracy is not None:
             rows.append((self.metric, *self._accuracies(dense.accuracy, pruned.accuracy)))
+        return rows
+
+    def _figures(self) -> str:
         return tabulate(
-            rows,
+            self.rows(),
             headers=["", "dense", "pruned", "change"],
             colalign=("left", "right", "right", "right"),
             disable_numparse=True,
         )
 
     def _accuracies(self, before: float, after: float) -> tuple[str, str, str]:
-        """Accuracies in percent; another metric as it is."""
-        if self.metric == "accuracy":
-            return f"{before:.2%}", f"{after:.2%}", f"{100 * (after - before):+.2f} points"
-        return f"{before:.4g}", f"{after:.4g}", f"{after - before:+.4g}"
+        points = f"{100 * (after - before):+.2f} points"
+        change = points if self.metric == "accuracy" else f"{after - before:+.4g}"
+        return self.shown(before), self.shown(after), change
+
+    def shown(self, accuracy: float) -> str:
+        """An accuracy in percent; another metric as it is."""
+        return f"{accuracy:.2%}" if self.metric == "accuracy" else f"{accuracy:.4g}"
 
     def _widths(self) -> str:
         rows = [
@@ -113,10 +185,18 @@ class Report:
     def _closing(self) -> str:
         lines = [
             f"method {self.method}, {self.seconds:.0f} s, latency on {self.device}",
-            self._verification(),
+            self.exactness(),
+            *self.remarks(),
         ]
-        if self.target is not None:
-            lines.append(str(self.target))
+        if self.excluded:
+            lines.append(f"excluded by the target: {', '.join(self.excluded)}")
+        if self.frozen:
+            lines.append(f"kept whole: {', '.join(f'{n} ({r})' for n, r in self.frozen.items())}")
+        return "\n".join(lines)
+
+    def remarks(self) -> list[str]:
+        """What was asked for and reached, and why nothing was removed if so."""
+        lines = [] if self.target is None else [str(self.target)]
         if all(before == after for before, after in self.widths.values()):
             lines.append(
                 "nothing was removed: no unit was redundant by the method's own rule. Train longer "
@@ -124,13 +204,10 @@ class Report:
                 if self.target is None
                 else "nothing was removed: the target allows the whole network"
             )
-        if self.excluded:
-            lines.append(f"excluded by the target: {', '.join(self.excluded)}")
-        if self.frozen:
-            lines.append(f"kept whole: {', '.join(f'{n} ({r})' for n, r in self.frozen.items())}")
-        return "\n".join(lines)
+        return lines
 
-    def _verification(self) -> str:
+    def exactness(self) -> str:
+        """How far the sliced network is from the masked one, and why if it is not exact."""
         if not self.inexact:
             return f"sliced equals masked to {self.verification_error:.1e} (relative, float64)"
         return (
@@ -139,16 +216,30 @@ class Report:
         )
 
 
+def _require_consistent(report: Report) -> None:
+    """Check what the types of a report do not say.
+
+    Raises:
+        LoadError: It was not written by rbpfx; names the field.
+    """
+    moments = len(report.gates.steps)
+    sound = {
+        "widths": all(0 <= after <= before > 0 for before, after in report.widths.values()),
+        "latency": report.dense.latency.keys() == report.pruned.latency.keys(),
+        "target": report.target is None or report.target.cost in COSTS,
+        "curves": all(points for series in report.curves.values() for points in series.values()),
+        "gates": all(
+            len(counts) == moments and all(len(bins) == BINS and min(bins) >= 0 for bins in counts)
+            for counts in report.gates.counts.values()
+        ),
+    }
+    for name, good in sound.items():
+        if not good:
+            raise LoadError(f"the figures of {name!r} in this report contradict each other")
+
+
 def _times(before: float, after: float) -> str:
     return f"{before / after:.2f}x less" if after else ""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _milliseconds(seconds: float) -> str:

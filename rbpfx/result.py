@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import weakref
@@ -13,6 +14,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from rbpfx.circumstances import environment, in_words
 from rbpfx.deployment.deploy import deploy
 from rbpfx.errors import InputError, RbpfxError, TargetError
 from rbpfx.graph.capture import ExampleInputs
@@ -24,7 +26,7 @@ from rbpfx.graph.verification import require_equal
 from rbpfx.latency import first_examples, measure_latency
 from rbpfx.methods import Method
 from rbpfx.plan import PruningPlan
-from rbpfx.progress import Bar
+from rbpfx.progress import Bar, patient
 from rbpfx.report import Figures, Report
 from rbpfx.saving.origin import Origin
 from rbpfx.saving.save import save
@@ -33,8 +35,12 @@ from rbpfx.selection import LatencyMeter, Selection, Units, Values
 from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune, finetune
 from rbpfx.training.loop import refresh_batchnorm
+from rbpfx.training.record import Curves, GateHistograms, Series
+from rbpfx.training.recursion import Progress
 from rbpfx.training.settings import Training
 from rbpfx.training.task import Loader, Task
+
+logger = logging.getLogger(__name__)
 
 VERIFIED_EXAMPLES = 4
 
@@ -159,6 +165,9 @@ class PruningResult:
         selections = [emission.selection(target) for target in chosen]  # all errors first
         return Front(emission.emit(s, recovery, source=self.source) for s in selections)
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: without the analysis, the loader, the teacher and the original.
 
@@ -171,6 +180,12 @@ class Front(list[PruningResult]):
     """Results for several targets, cheapest first or in any order; `str` is a table."""
 
     def __str__(self) -> str:
+        return self._table("simple")
+
+    def _repr_html_(self) -> str:
+        return self._table("html")
+
+    def _table(self, style: str) -> str:
         rows = []
         for result in self:
             dense, pruned = result.report.dense, result.report.pruned
@@ -186,7 +201,7 @@ class Front(list[PruningResult]):
             )
         metric = self[0].report.metric if self else "accuracy"
         headers = ["target", "MACs kept", "parameters kept", "time kept", metric]
-        return tabulate(rows, headers=headers, disable_numparse=True)
+        return str(tabulate(rows, headers=headers, disable_numparse=True, tablefmt=style))
 
 
 @dataclass
@@ -204,6 +219,10 @@ class Emission:
         needed: Group name -> the units that the method's own rule keeps.
         multipliers: Group name -> the multiplier of every unit that stays.
         history: What happened in training.
+        curves: The figures of training, moment by moment.
+        histograms: How open the gates were, from time to time.
+        settings: What was asked for, in words.
+        callback: Called after every step of fine-tuning.
         task: Turns batches into losses.
         loader: Training batches.
         inputs: Example inputs.
@@ -230,6 +249,10 @@ class Emission:
     needed: Mapping[str, Units]
     multipliers: Mapping[str, Tensor]
     history: list[dict[str, Any]]
+    curves: Series
+    histograms: GateHistograms
+    settings: dict[str, str]
+    callback: Callable[[Progress], None] | None
     task: Task
     loader: Loader
     inputs: ExampleInputs
@@ -303,22 +326,25 @@ class Emission:
         masked = apply_mask(folded, self.analysis, plan)
         examples = first_examples(self.inputs, VERIFIED_EXAMPLES)
         error = require_equal(masked, pruned, examples, inexact=self.analysis.inexact(plan))
+        logger.info("sliced differs from masked by %.1e (relative, float64)", error)
         del folded, masked
-
+        recovery, curves = recovery or self.recovery, Curves()
+        kept = {name: units.astype(float) for name, units in selection.kept(plan).items()}
+        cost, open_units = selection.expected(kept), int(sum(u.sum() for u in kept.values()))
         with self.seeded():
-            refresh_batchnorm(pruned, self.loader, self.task)
+            batches = patient(self.loader, "BatchNorm statistics", self.progress)
+            refresh_batchnorm(pruned, batches, self.task)
             after_cut = self.evaluate(pruned)
             teacher = self.original.eval() if self.distill else None
-            with Bar("fine-tuning", self.progress, lambda: self.evaluate(pruned)) as bar:
-                finetune(
-                    pruned,
-                    self.loader,
-                    self.task,
-                    recovery or self.recovery,
-                    teacher,
-                    bar.steps,
-                    self.training,
-                )
+            with Bar("fine-tuning", self.progress, lambda: self.evaluate(pruned), curves) as bar:
+
+                def hear(step: int, steps: int, loss: float) -> None:
+                    bar.steps(step, steps, loss)
+                    if self.callback is not None:
+                        told = (step, steps, "", len(chosen), loss, loss, 0.0, cost, open_units)
+                        self.callback(Progress(*told, phase="fine-tuning"))
+
+                finetune(pruned, self.loader, self.task, recovery, teacher, hear, self.training)
         networks = [self.original, pruned]
         latency = {
             size: measure_latency(networks, first_examples(self.inputs, size))
@@ -351,6 +377,19 @@ class Emission:
             history=self.history,
             inexact=self.analysis.inexact(plan),
             metric=self.metric,
+            curves={
+                phase: series
+                for phase, series in (("noise", self.curves), ("fine-tuning", curves.series))
+                if series
+            },
+            gates=self.histograms,
+            coupling={name: tuple(targets) for name, targets in self.analysis.graph.adj.items()},
+            settings={
+                **self.settings,
+                "target": in_words(selection.target),
+                "recovery": in_words(recovery),
+            },
+            environment=environment(),
         )
         return PruningResult(
             pruned, plan, report, self.gm, self.analysis, source, self, self.origin

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from rbpfx.circumstances import processor
 
 SECONDS = 0.02
 REPEATS = 30
@@ -131,7 +132,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_processor()} {torch.backends.cpu.get_cpu_capability()}"
+        name = f"{processor()} {torch.backends.cpu.get_cpu_capability()}"
     threads = torch.get_num_threads() if device.type == "cpu" else None
     return {"device": name, "threads": threads, "torch": torch.__version__}
 
@@ -150,15 +151,6 @@ def _elapsed(call: Call, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _digest(machine: dict[str, Any]) -> str:

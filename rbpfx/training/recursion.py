@@ -8,6 +8,7 @@ already (`window`), so that they compete for one budget; the front then passes o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,14 +24,17 @@ from rbpfx.selection import Selection, Units, Values
 from rbpfx.training.budget import BudgetProjection
 from rbpfx.training.engine import Stepper
 from rbpfx.training.loop import batches, grouped, snapshot, steps_per_epoch, still_finite
+from rbpfx.training.record import MOMENTS, Curves, GateHistograms, due
 from rbpfx.training.schedule import Evidence, Recursion, Schedule
 from rbpfx.training.settings import Training
 from rbpfx.training.task import Loader, Task, examples_in
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Progress:
-    """What the recursion reports after every step.
+    """What a training reports after every step.
 
     Attributes:
         step: Optimiser steps done.
@@ -43,6 +47,8 @@ class Progress:
         cost: Expected share of the cost: of the parameters if these are the target, else of the
             multiply-accumulates.
         open_gates: Number of units with a mean above one half.
+        phase: "noise" while gates are trained, "fine-tuning" after the cut; nothing is at the
+            front then, and the bound is the loss.
     """
 
     step: int
@@ -54,6 +60,7 @@ class Progress:
     strength: float
     cost: float
     open_gates: int
+    phase: str = "noise"
 
 
 class RecursiveTraining:
@@ -74,6 +81,8 @@ class RecursiveTraining:
         needed: Group name -> which units the decision at its hardening kept.
         multipliers: Group name -> the multiplier of every unit if it stays.
         history: One entry per hardened group.
+        curves: Loss, bound, expected cost and open gates over the training.
+        histograms: How open the gates were, from time to time.
     """
 
     def __init__(
@@ -101,6 +110,8 @@ class RecursiveTraining:
         self.needed: dict[str, Units] = {}
         self.multipliers: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
+        self.curves = Curves()
+        self.histograms = GateHistograms()
         self.sharpness = settings.sharpness[0]
         self.projection = BudgetProjection(self.gates, self.weights, self.expected_cost)
 
@@ -147,19 +158,25 @@ class RecursiveTraining:
                 strength = self.projection.apply(optimizers[0], schedule.budget(step, self.budget))
             for gate in self.gates[front:]:
                 gate.update()
-            bound = float(losses.data + losses.penalty)
+            loss, bound = float(losses.data), float(losses.data + losses.penalty)
             if front == 0 and self.budget is None and evidence.settled(bound):
                 schedule = schedule.started(step + 1)
             hardens = front < len(self.gates) and schedule.hardens(step, front)
-            if report is not None or hardens:
-                loss = float(losses.data)
+            recorded = self.curves.add(step + 1, schedule.steps, loss=loss, bound=bound)
+            if report is not None or hardens or recorded:
                 reached = self._progress(step, schedule.steps, front, loss, bound, strength)
             choice = self._choice() if hardens else {}
             while front < len(self.gates) and schedule.hardens(step, front):
                 self._harden(self.gates[front], choice)
                 self.history.append({**asdict(reached), "group": self.gates[front].group})
+                logger.info("step %d: hardened %s", step + 1, self.gates[front].group)
                 latest = self._state()
                 front += 1
+            if recorded:
+                self.curves.point(step + 1, cost=reached.cost, open_gates=reached.open_gates)
+            if due(step + 1, schedule.steps, MOMENTS):
+                openness = {gate.group: self._openness(gate) for gate in self.gates}
+                self.histograms.add(step + 1, openness)
             if report is not None:
                 report(reached)
             if front == len(self.gates):
