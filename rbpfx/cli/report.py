@@ -1,0 +1,32 @@
+"""`rbpfx report`: the figures of a saved network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rbpfx.cli import options
+from rbpfx.cli.console import Answer, Console, reporting
+from rbpfx.report import Report
+from rbpfx.saving.files import read
+
+HELP = """Show what pruning did to the network that is saved in DIR.
+
+\b
+Examples:
+  rbpfx report pruned
+  rbpfx report pruned --json"""
+
+
+@click.command(help=HELP, short_help="What pruning did to a saved network.")
+@options.directory
+@reporting
+def report(console: Console, *, directory: Path) -> Answer:
+    """Show the report."""
+    plan, _ = read(directory)
+    origin = f"{directory}: {plan.library or plan.original.model}, pruned by rbpfx {plan.rbpfx}"
+    return Answer(f"{origin}\n\n{Report.from_dict(dict(plan.report))}", dict(plan.report))
+
+
+__all__ = ["report"]
