@@ -21,7 +21,7 @@ class PruningPlan:
     Raises:
         PlanError: A group keeps no unit, or an index is negative, repeated or no whole number.
 
-    Example:
+    Examples:
         >>> PruningPlan({"conv1": [2, 0]}).kept
         {'conv1': (0, 2)}
     """

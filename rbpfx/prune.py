@@ -107,7 +107,7 @@ def prune(
         DivergenceError: The loss stopped being finite.
         VerificationError: Slicing changed the function. The result is not used.
 
-    Example:
+    Examples:
         >>> result = prune(model, loader, target=Target(macs=0.5))  # doctest: +SKIP
         >>> print(result.report)  # doctest: +SKIP
     """

@@ -42,7 +42,7 @@ def rebind(optimizer: Optimizer, result: PruningResult) -> Optimizer:
         InputError: The optimiser trains something else, or keeps lists of parameters besides
             `param_groups` (LBFGS); it is unchanged then.
 
-    Example:
+    Examples:
         >>> result = prune(model, loader, recovery=FineTune(epochs=0))  # doctest: +SKIP
         >>> model = result.model  # doctest: +SKIP
         >>> rebind(optimizer, result)  # doctest: +SKIP

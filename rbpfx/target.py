@@ -54,7 +54,7 @@ class Target:
     Raises:
         TargetError: The budget is not positive, or a bound makes no sense.
 
-    Example:
+    Examples:
         >>> Target(macs=0.5, round_to=8, exclude=["conv1"], widths={"layer4": (0.25, None)})
         ... # doctest: +SKIP
     """

@@ -16,17 +16,27 @@ HELP = """Show what pruning did to the network that is saved in DIR.
 \b
 Examples:
   rbpfx report pruned
-  rbpfx report pruned --json"""
+  rbpfx report pruned --json
+  rbpfx report pruned --write report.html"""
 
 
 @click.command(help=HELP, short_help="What pruning did to a saved network.")
 @options.directory
+@click.option(
+    "--write",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write it too: a page (.html), or a picture (.png, .svg, .pdf; needs matplotlib).",
+)
 @reporting
-def report(console: Console, *, directory: Path) -> Answer:
+def report(console: Console, *, directory: Path, write: Path | None) -> Answer:
     """Show the report."""
     plan, _ = read(directory)
     origin = f"{directory}: {plan.library or plan.original.model}, pruned by rbpfx {plan.rbpfx}"
-    return Answer(f"{origin}\n\n{Report.from_dict(dict(plan.report))}", dict(plan.report))
+    found = Report.from_dict(dict(plan.report))
+    if write is not None:
+        found.write(write)
+    return Answer(f"{origin}\n\n{found}", dict(plan.report))
 
 
 __all__ = ["report"]

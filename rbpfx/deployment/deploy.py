@@ -116,7 +116,7 @@ def deploy(
         CaptureError: The model cannot be captured.
         InputError: `example_inputs` do not fit, or the network does not run in `dtype`.
 
-    Example:
+    Examples:
         >>> from torchvision.models import resnet18
         >>> network = deploy(resnet18(), torch.zeros(1, 3, 64, 64))
         >>> any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())

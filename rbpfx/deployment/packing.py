@@ -129,6 +129,12 @@ class PackedConv2d(PackedLayer):
         layer = (self.weight, self.bias, *self.settings)
         if other is None:
             result: Tensor = _CONVOLUTION.default(x, *layer, *self._post_operation())
+        elif other.shape[2:].numel() == 1:
+            # torch 2.8 finds no layout for an addition to maps of a single position.
+            result = _CONVOLUTION.default(x, *layer, "none", [], "") + other
+            if self.activation is not None:
+                applied = self.activation
+                result = applied.function(result, *applied.scalars, **applied.options)
         else:
             other = other.contiguous(memory_format=torch.channels_last)
             after = None if self.activation is None else self.activation.name

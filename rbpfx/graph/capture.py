@@ -77,7 +77,7 @@ def trace(
         CaptureError: Nothing of the model can be traced; names the line and the remedy.
         InputError: `example_inputs` do not fit the model's forward.
 
-    Example:
+    Examples:
         >>> from torchvision.models import resnet18
         >>> gm = trace(resnet18(), torch.zeros(2, 3, 64, 64))
         >>> [n.meta["val"].shape for n in gm.graph.nodes if n.name == "layer1_0_conv1"]

@@ -122,7 +122,7 @@ def measure_latency(
         InputError: There is no network, the networks lie on different devices, or one of them
             does not run on the inputs.
 
-    Example:
+    Examples:
         >>> latency = measure_latency(nn.Linear(8, 8), torch.zeros(4, 8), max_repeats=3)
         >>> latency.repeats, latency.batch_size
         (3, 4)
@@ -191,7 +191,7 @@ def compare_latency(
     Raises:
         InputError: As for `measure_latency`.
 
-    Example:
+    Examples:
         >>> compare_latency(nn.Linear(99, 99), nn.Linear(99, 9), torch.zeros(4, 99)).speedup
         ... # doctest: +SKIP
         1.3

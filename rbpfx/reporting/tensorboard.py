@@ -21,7 +21,7 @@ class TensorBoardLogger:
     Raises:
         RbpfxError: tensorboard is not installed.
 
-    Example:
+    Examples:
         >>> with TensorBoardLogger("runs/resnet18") as logger:  # doctest: +SKIP
         ...     result = rbpfx.prune(model, loader, callback=logger)
         ...     logger.report(result.report)

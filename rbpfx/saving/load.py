@@ -60,7 +60,7 @@ def load(
         LoadError: Files are missing, damaged, of another version, or `model` cannot be captured
             or is not of the architecture that was pruned.
 
-    Example:
+    Examples:
         >>> model = load("pruned", resnet18)  # doctest: +SKIP
     """
     directory = Path(directory)

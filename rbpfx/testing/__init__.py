@@ -58,7 +58,7 @@ def check_rule(
         AssertionError: A law is broken; says which, and by which plan.
         RuleError: The rule contradicts the shapes, or leaves a graph that does not run.
 
-    Example:
+    Examples:
         >>> check_rule(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), torch.randn(3, 8, 5, 5))
         >>> check_rule(lambda x, y: x * y.sigmoid(), torch.randn(4, 6), torch.randn(4, 6))
     """
@@ -106,7 +106,7 @@ class RuleTestCase:
         plans: How many random plans to try.
         options: For `rbpfx.analyze`.
 
-    Example:
+    Examples:
         >>> class TestGate(RuleTestCase):
         ...     def operator(self):
         ...         return lambda x, y: x * y.sigmoid()

@@ -178,9 +178,16 @@ def examples_in(loader: Loader) -> int:
 
 
 def batch_size(batch: Any) -> int:
-    """Number of examples in a nested batch: the length of its first tensor that has axes."""
+    """Number of examples in a nested batch.
+
+    The length of its first tensor that has axes; of the list, where the batch begins with one of
+    images of their own sizes, as detectors take them.
+    """
     if isinstance(batch, Mapping):
         batch = dict(batch)
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(first, list) and first and isinstance(first[0], Tensor) and first[0].ndim:
+        return len(first)
     tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
     return next((len(tensor) for tensor in tensors), 1)
 

@@ -195,6 +195,14 @@ def test_report(run: Run, saved: Path) -> None:
     assert run("report", "pruned", "--json").data == plan["report"]
 
 
+def test_report_as_a_page(run: Run, saved: Path, work: Path) -> None:
+    assert run("report", str(saved), "--write", "report.html").exit_code == 0
+    assert (work / "report.html").read_text().startswith("<!DOCTYPE html>")
+    refused = run("report", str(saved), "--write", "report.doc")
+    assert refused.exit_code == 1
+    assert ".html" in refused.stderr
+
+
 def test_report_of_nothing(run: Run, work: Path) -> None:
     assert "there is no saved network in '.'" in run("report", ".").error
 

@@ -286,6 +286,23 @@ def test_packed_layers_take_in_activations_and_shortcuts() -> None:
     assert all(m.activation is not None for m in convolutions)
 
 
+@pytest.mark.usefixtures("everything_packed")
+@pytest.mark.parametrize("size", [1, 2])
+def test_shortcuts_of_small_maps(size: int) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(4, 4, 3, padding=1)
+            self.second = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return F.relu(self.second(x) + x)
+
+    deployed = check(Block(), torch.randn(2, 4, size, size))
+    assert count(deployed, PackedConv2d) == 2
+
+
 ACTIVATIONS = [
     nn.ReLU(),
     nn.ReLU6(),

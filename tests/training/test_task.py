@@ -177,6 +177,10 @@ class TestBatches:
     def test_size_without_a_tensor(self, batch: object) -> None:
         assert batch_size(batch) == 1
 
+    def test_a_list_of_images_counts_its_images(self) -> None:
+        images = [torch.zeros(3, 8, 9), torch.zeros(3, 7, 7)]
+        assert batch_size((images, [{"labels": torch.zeros(4)}] * 2)) == 2
+
     def test_examples(self) -> None:
         dataset = TensorDataset(torch.zeros(10, 2))
         assert examples_in(DataLoader(dataset, 4)) == 10

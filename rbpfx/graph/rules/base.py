@@ -89,7 +89,7 @@ def register_rule(operator: Operator, rule: Rule | None = None) -> Any:
     Raises:
         RuleError: `operator` or `rule` is of another kind.
 
-    Example:
+    Examples:
         >>> from rbpfx.rules import Elementwise, register_rule
         >>> class Cube(nn.Module):
         ...     def forward(self, x: Tensor) -> Tensor:
