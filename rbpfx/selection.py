@@ -158,6 +158,7 @@ class Selection:
 
     def _within(self, scores: Mapping[str, Values], budget: float) -> PruningPlan:
         """The plan of the lowest threshold that a budget of counted cost allows, filled up."""
+        scores = _ranked(scores)
         thresholds = np.unique(np.concatenate([[-np.inf], *scores.values()]))
         low, high = 0, len(thresholds) - 1
         best = self._above(scores, float(thresholds[high]))
@@ -329,6 +330,19 @@ class Selection:
         channels = {g.name: _channels_per_unit(self.analysis, g) for g in self.groups}
         meter = self._meter()
         return LatencySearch(self.analysis, meter.model, self._allowed, channels, complete, meter)
+
+
+def _ranked(scores: Mapping[str, Values]) -> dict[str, Values]:
+    """The rank of every unit among all, so that no two are alike.
+
+    Units of one score go in turns from all groups, each group giving an equal share at any time.
+    """
+    score = np.concatenate([*scores.values()])
+    ends = np.cumsum([len(units) for units in scores.values()])
+    place = [(units.argsort().argsort() + 0.5) / len(units) for units in scores.values()]
+    rank = np.empty(len(score))
+    rank[np.lexsort((np.concatenate(place), score))] = np.arange(len(score))
+    return dict(zip(scores, np.split(rank, ends[:-1]), strict=True))
 
 
 def _chosen_groups(analysis: Analysis, target: Target) -> tuple[ChannelGroup, ...]:
