@@ -68,7 +68,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
-        assert target.is_file(), f"{relative(page)} links to {link}"
+        assert target.exists(), f"{relative(page)} links to {link}"
         assert not anchor or anchor in anchors(target), f"{relative(page)} links to {link}"
 
 
