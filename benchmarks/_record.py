@@ -19,13 +19,14 @@ import torchvision
 from tabulate import tabulate
 
 import rbpfx
+from rbpfx.circumstances import processor
 
 
 def environment() -> dict[str, Any]:
     """The machine, the versions and the date: what a figure is worth little without."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
+        "cpu": processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -34,15 +35,6 @@ def environment() -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "rbpfx": rbpfx.__version__,
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 class Record:

@@ -17,6 +17,7 @@ from rbpfx.circumstances import in_words
 from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError, TargetError
 from rbpfx.graph.capture import ExampleInputs, LeafModule, call_with, evaluating, trace
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.device import device_of
 from rbpfx.graph.groups import Analysis, analyze
 from rbpfx.graph.verification import difference
 from rbpfx.latency import first_examples
@@ -119,7 +120,7 @@ def prune(
             "example target=rbpfx.Target(macs=0.5)"
         )
     recovery = recovery or FineTune()
-    device = torch.device(device) if device is not None else _device_of(model)
+    device = torch.device(device) if device is not None else device_of(model)
     task = Task(loss_fn, forward, device)
     if distill and forward is not None:
         raise InputError("distill=True needs class scores; it does not go with forward=...")
@@ -224,10 +225,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _require_repeatable(loader: Loader, val_loader: Loader | None) -> None:

@@ -25,6 +25,7 @@ from rbpfx.deployment.specialize import specialize
 from rbpfx.errors import InputError, VerificationError
 from rbpfx.graph.capture import ExampleInputs, bind_inputs, evaluating, note_inputs, trace
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.device import device_of
 from rbpfx.graph.lazy import LazyGraphModule
 from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.parts import captured_parts
@@ -254,7 +255,7 @@ def _difference_on_random_inputs(
         InputError: The deployed network does not run.
     """
     generator = torch.Generator().manual_seed(0)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
 
     def draw(value: Tensor) -> Tensor:
         if value.is_floating_point():

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from rbpfx.deployment.deploy import captured, plain_form
 from rbpfx.errors import ExportError, VerificationError
+from rbpfx.files import written_aside
 from rbpfx.graph.capture import ExampleInputs, bind_inputs
+from rbpfx.graph.device import device_of
 from rbpfx.graph.parts import captured_parts, count_examples
 from rbpfx.graph.verification import difference
 
@@ -80,9 +80,9 @@ def export(
             "other runtime has; export the parts that rbpfx.trace has put into it."
         )
     inputs = bind_inputs(network, example_inputs)
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    device = device_of(network)
     inputs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
-    with _written_aside(path, suffix) as file, torch.no_grad():
+    with written_aside(path) as file, torch.no_grad():
         run = write(network, inputs, file)
         error = max(
             _difference(network, run, _with_batch(inputs, size))
@@ -202,16 +202,6 @@ def _imported(package: str) -> Any:
         raise ExportError(
             f'the package {package} is needed for this format: pip install "rbpfx[export]"'
         ) from error
-
-
-@contextmanager
-def _written_aside(path: Path, suffix: str) -> Iterator[Path]:
-    """A place for a file that takes the place of another if nothing is raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-        file = Path(folder) / f"network{suffix}"
-        yield file
-        os.replace(file, path)
 
 
 __all__ = ["TOLERANCE", "export"]

@@ -18,6 +18,7 @@ from rbpfx.errors import RbpfxError
 from rbpfx.graph.aliasing import Memory
 from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.device import device_of
 from rbpfx.graph.groups import Analysis, ChannelGroup
 from rbpfx.graph.operands import Read
 from rbpfx.graph.parts import captured_parts
@@ -100,7 +101,7 @@ def apply_mask(
         if name in multipliers:
             mask = mask * multipliers[name].to(mask)
         gates[name] = ConstantGate(mask)
-    return insert_gates(gm, analysis, gates).to(_device(gm))
+    return insert_gates(gm, analysis, gates).to(device_of(gm))
 
 
 def channel_multiplier(values: list[Tensor], index: Tensor | None, dim: int, ndim: int) -> Tensor:
@@ -153,7 +154,7 @@ class _Inserter:
         self.read_values: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         self.done: set[tuple[fx.Node, fx.Node, int]] = set()
         self.memory = Memory(analysed)
-        self.device = _device(gm)
+        self.device = device_of(gm)
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         self.tensors = [n for n in placeholders if getattr(n.meta.get("val"), "ndim", 0) > 0]
         self.last = next(reversed(placeholders), None)  # gates are called behind the inputs
@@ -234,7 +235,3 @@ class _Inserter:
 def _dtype(gm: nn.Module) -> torch.dtype:
     floating = (p.dtype for p in gm.parameters() if p.is_floating_point())
     return next(floating, torch.get_default_dtype())
-
-
-def _device(gm: nn.Module) -> torch.device:
-    return next((p.device for p in gm.parameters()), torch.device("cpu"))

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from rbpfx.errors import InputError, PlanError, RuleError
 from rbpfx.graph.calls import submodule
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.device import device_of
 from rbpfx.graph.garbage import collection_paused
 from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.parts import captured_parts
@@ -265,7 +266,7 @@ class Slicing:
     def select(self, before: fx.Node, value: fx.Node, dim: int, positions: Atoms) -> fx.Node:
         """Insert `index_select(value, dim, positions)` in front of a node."""
         name = self._free_name("kept_positions")
-        device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
+        device = device_of(self.gm)
         index = torch.from_numpy(positions.astype(np.int64)).to(device)
         # A constant of the graph, like a padding: the state_dict keeps the keys of the model.
         self.gm.register_buffer(name, index, persistent=False)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from rbpfx.errors import VerificationError
 from rbpfx.graph.capture import ExampleInputs, bind_inputs
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.device import device_of
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.values import assume
 
@@ -57,7 +58,7 @@ def verify(
         name: tree_map(lambda v: _draw_like(v, generator), value)
         for name, value in bind_inputs(masked, example_inputs).items()
     }
-    device = next((p.device for p in masked.parameters()), torch.device("cpu"))
+    device = device_of(masked)
     inputs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
     masked, pruned = _prepared(masked, train), _prepared(pruned, train)
     with torch.no_grad(), _full_precision():

@@ -13,12 +13,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rbpfx.graph.capture import ExampleInputs, note_inputs
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.device import device_of
 from rbpfx.graph.groups import Analysis
 from rbpfx.graph.modes import evaluated_nodes
 from rbpfx.graph.parts import captured_parts
@@ -63,7 +63,7 @@ class LatencyModel:
         self.progress = progress
         self.deployed = deployed
         self.gm = _with_metadata(analysis.gm, inputs)
-        device = next((p.device for p in self.gm.parameters()), torch.device("cpu"))
+        device = device_of(self.gm)
         self.times = times or OperatorTimes(device)
         self.nodes = list(self._found())
         self._probe()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rbpfx.circumstances import processor
+from rbpfx.files import written_aside
 
 SECONDS = 0.02
 REPEATS = 30
@@ -92,11 +92,8 @@ class OperatorTimes:
         self.seconds = {**self._load(), **self.seconds}  # another process may have added some
         content = json.dumps({"machine": self.machine, "seconds": self.seconds}, indent=0)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".part")
-            with os.fdopen(handle, "w") as file:
-                file.write(content)
-            os.replace(name, self.path)
+            with written_aside(self.path) as file:
+                file.write_text(content)
         except OSError:
             pass
 

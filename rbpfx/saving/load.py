@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from rbpfx.errors import LoadError, RbpfxError
 from rbpfx.graph.capture import trace
+from rbpfx.graph.device import device_of
 from rbpfx.graph.groups import analyze
 from rbpfx.graph.slicing import rewrite
 from rbpfx.plan import PruningPlan
@@ -73,7 +74,7 @@ def load(
         network = _rebuilt(plan, original)
         _take(network, _tensors(weights), plan.tied)
         _set_modes(network, plan.training)
-        where = next((p.device for p in original.parameters()), torch.device("cpu"))
+        where = device_of(original)
         return network.to(where if device is None else device)
     except Exception as error:
         cause = str(error) if isinstance(error, RbpfxError) else f"cannot be rebuilt: {error!r}"

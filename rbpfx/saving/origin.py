@@ -13,6 +13,7 @@ from torch import fx, nn
 from rbpfx.errors import LoadError, RbpfxError
 from rbpfx.graph.capture import ExampleInputs, LeafModule, trace
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.device import device_of
 from rbpfx.saving.architecture import (
     Architecture,
     TensorEntry,
@@ -81,7 +82,7 @@ class Origin:
         """
         model = self._with_dtypes(model)
         self._require_same(Architecture(state_table(model), self.architecture.operators), model)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             inputs = build_inputs(self.inputs, device)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from rbpfx.errors import LoadError, SaveError
 from rbpfx.graph.capture import bind_inputs, evaluating
+from rbpfx.graph.device import device_of
 from rbpfx.graph.parts import count_examples
 from rbpfx.graph.slicing import rewrite
 from rbpfx.saving.examples import build_inputs, require_savable
@@ -136,7 +137,7 @@ def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _write_program(model: nn.Module, origin: Origin, path: Path) -> None:
     """The network in eval mode as an exported program with a free batch size."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     inputs = bind_inputs(model, build_inputs(origin.inputs, device))
     batch = count_examples(inputs)
 

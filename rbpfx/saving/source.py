@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
 from keyword import iskeyword
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rbpfx.errors import SaveError
+from rbpfx.files import written_aside
 from rbpfx.graph.parts import captured_parts
 from rbpfx.saving.architecture import constructed, is_plain
 from rbpfx.saving.definitions import Definitions
@@ -60,11 +60,8 @@ def write_source(model: nn.Module, path: str | os.PathLike[str]) -> None:
     text = source_of(model)
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".source-") as folder:
-            file = Path(folder) / path.name
+        with written_aside(path) as file:
             file.write_text(text, encoding="utf-8")
-            os.replace(file, path)
     except OSError as error:
         raise SaveError(f"the source cannot be written to {str(path)!r}: {error}") from error
 
