@@ -20,7 +20,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ import rbpfx
 from benchmarks._record import Deadline, Record
 from benchmarks._zoo import torchvision_model
 from rbpfx import Recursion, Target, Training
+from rbpfx.errors import InputError
 from rbpfx.graph.copying import copy_model
 from rbpfx.latency.memory import parameter_bytes, peak_allocated
 from rbpfx.methods import find_method
@@ -163,7 +163,7 @@ class Pair:
             weight_decay=schedule.weight_decay,
         )
         stepper = Stepper(model, self.task, self.settings, [optimizer])
-        return lambda: stepper.step([self.batch], lambda: FloatingPointError("it diverged"))
+        return lambda: stepper.step([self.batch])
 
     def train_plain(self, loader: Loader) -> None:
         """Steps without noise from scratch."""
@@ -238,8 +238,11 @@ def times(pair: Pair, count: int) -> tuple[list[float], list[float]]:
 
 
 def _until_enough(train: Callable[[Loader], None], loader: Loader) -> None:
-    with suppress(Enough):
+    try:
         train(loader)
+    except (Enough, InputError) as error:  # what a loader raises comes wrapped from a training
+        if not isinstance(error.__cause__ or error, Enough):
+            raise
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from rbpfx.deployment.deploy import deploy
 from rbpfx.deployment.export import export
 from rbpfx.errors import (
     CaptureError,
+    CheckpointError,
     DivergenceError,
     ExportError,
     InputError,
@@ -69,6 +70,7 @@ __all__ = [
     "BatchNormScale",
     "CaptureError",
     "ChannelGroup",
+    "CheckpointError",
     "Comparison",
     "DivergenceError",
     "ExportError",

@@ -1,5 +1,12 @@
 """Every error rbpfx raises on purpose: one base class, one narrow child per cause."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rbpfx.result import PruningResult
+
 
 class RbpfxError(Exception):
     """Base class of all errors that rbpfx raises on purpose."""
@@ -52,13 +59,19 @@ class LoadError(RbpfxError):
     """A saved network is damaged, or does not belong to the model it is loaded into."""
 
 
+class CheckpointError(RbpfxError):
+    """A checkpoint cannot be written, or belongs to another call of `prune`."""
+
+
 class DivergenceError(RbpfxError):
-    """The loss stopped being a finite number during training.
+    """The loss stopped being a finite number during training, or grew beyond all bounds.
 
     Attributes:
         stage: Name of the group (or phase) that was being trained.
         step: Optimiser step, counted from the start of the training, at which it was noticed.
-        model: The network restored to the last good state, noise included.
+        model: The network, at its last good state.
+        result: What `prune` would have returned if training had ended there; None if there is no
+            such result.
     """
 
     def __init__(self, message: str, *, stage: str, step: int, model: object) -> None:
@@ -66,3 +79,4 @@ class DivergenceError(RbpfxError):
         self.stage = stage
         self.step = step
         self.model = model
+        self.result: PruningResult | None = None

@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from math import isfinite
+from contextlib import AbstractContextManager, closing, contextmanager
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
+from rbpfx.checkpoints import Checkpoints, Store, fingerprint
 from rbpfx.circumstances import in_words
-from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError, TargetError
-from rbpfx.graph.capture import ExampleInputs, LeafModule, call_with, evaluating, trace
+from rbpfx.emission import Emission
+from rbpfx.errors import (
+    DivergenceError,
+    InputError,
+    TargetError,
+)
+from rbpfx.graph.capture import LeafModule, evaluating, trace
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.device import device_of
-from rbpfx.graph.groups import Analysis, analyze
-from rbpfx.graph.verification import difference
+from rbpfx.graph.groups import analyze
 from rbpfx.latency import first_examples
 from rbpfx.latency.meter import PlanMeter
 from rbpfx.methods import Method, find_method, insert_noise
+from rbpfx.preparation import (
+    check_capture,
+    example_inputs,
+    require_groups,
+    require_repeatable,
+    trainable_copy,
+)
 from rbpfx.progress import Bar, patient
-from rbpfx.result import Emission, PruningResult
+from rbpfx.result import PruningResult
 from rbpfx.saving.origin import Origin
 from rbpfx.selection import Selection
 from rbpfx.target import AUTO, Target
 from rbpfx.training.finetune import FineTune
+from rbpfx.training.interruption import Interruption, interruptible
 from rbpfx.training.recursion import Progress, RecursiveTraining
 from rbpfx.training.schedule import Recursion
 from rbpfx.training.settings import Training
-from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task, batch_size
+from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task
 
 logger = logging.getLogger(__name__)
-
-CAPTURE_TOLERANCE = 1e-4
 
 Metric = Callable[[nn.Module, Loader], float]
 
@@ -63,6 +73,8 @@ def prune(
     seed: int = 0,
     progress: bool = True,
     callback: Callable[[Progress], None] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_interval: float = 300.0,
 ) -> PruningResult:
     """Make a trained network smaller and faster; how much is left is decided by the data.
 
@@ -96,16 +108,23 @@ def prune(
         progress: Whether to show a progress bar.
         callback: Called after every step of both trainings; what it raises ends them. For example
             a `rbpfx.reporting.TensorBoardLogger`.
+        checkpoint_dir: Where training is saved: at every hardened group, at the end of every
+            epoch, and at intervals. The same call goes on from there, whatever ended the process;
+            on the CPU it ends with the very network that it would have ended with. Ctrl-C then
+            stops at the next step, saves, and returns the result so far; a second one ends it now.
+        checkpoint_interval: Seconds between two checkpoints at most, but for the time of a step.
 
     Returns:
         The smaller network, the plan and the report.
 
     Raises:
+        CheckpointError: `checkpoint_dir` cannot be written, or belongs to another call.
         InputError: Loader, loss and model do not fit together.
         CaptureError: Nothing of the model can be traced, or the graph differs from it.
         NothingToPruneError: No channel of the model may be removed.
         TargetError: The target cannot be reached.
-        DivergenceError: The loss stopped being finite.
+        DivergenceError: The loss stopped being finite, and lower learning rates did not help; the
+            result so far is `error.result`.
         VerificationError: Slicing changed the function. The result is not used.
 
     Examples:
@@ -127,20 +146,37 @@ def prune(
     training = training or Training()
     if distill and training.train_step is not None:
         raise InputError("distill=True does not go with a train_step of your own; distil in it")
-    _require_repeatable(loader, val_loader)
+    require_repeatable(loader, val_loader)
     evaluate = _evaluation(task, metric, val_loader, progress)
+
+    settings = recursion or method.recursion()
+    trains = method.trains or recursion is not None
+    options = {"unit": unit, "attention": attention, "normalization": normalization}
+    words = {
+        "target": in_words(target),
+        "recursion": in_words(settings if trains else None),
+        "recovery": in_words(recovery),
+        "training": in_words(training),
+        "distill": in_words(distill),
+        "seed": in_words(seed),
+        **options,
+    }
 
     def seeded() -> AbstractContextManager[None]:
         return _seeded(seed, device)
 
-    with seeded():
-        dense = _copied(model).to(device)
-        inputs, batch = _example_inputs(dense, loader, task)
+    identity = {"method": in_words(method), **words}
+    with (
+        _saved(checkpoint_dir, checkpoint_interval, model, identity) as (checkpoints, interruption),
+        seeded(),
+    ):
+        dense = trainable_copy(model).to(device)
+        inputs, batch = example_inputs(dense, loader, task)
         # A copy: the graph takes the trained weights, while `dense` stays the baseline.
         gm = trace(copy_model(dense, {}), inputs, leaf_modules=leaf_modules)
-        _check_capture(dense, gm, inputs)
+        check_capture(dense, gm, inputs)
         analysis = analyze(gm, unit=unit, attention=attention, normalization=normalization)
-        _require_groups(analysis)
+        require_groups(analysis)
         logger.info("captured %s: %r", type(model).__name__, analysis)
 
         def meter(target: Target | None) -> PlanMeter | None:
@@ -154,55 +190,84 @@ def prune(
 
         noisy = insert_noise(gm, analysis, method, groups=[g.name for g in selection.groups])
         teacher = dense.eval() if distill else None
-        settings = recursion or method.recursion()
         gates = RecursiveTraining(noisy, selection, method, task, settings, teacher, training)
-        if method.trains or recursion is not None:
+        interrupted, failure = "", None
+        if trains:
             with Bar("noise", progress, lambda: evaluate(noisy), gates.curves) as bar:
                 listeners = [*([bar.noise] if progress else []), *([callback] if callback else [])]
-                gates.run(loader, _all_of(listeners) if listeners else None)
+                tell = _all_of(listeners) if listeners else None
+                try:
+                    interrupted = gates.run(loader, tell, checkpoints("noise"), interruption)
+                except DivergenceError as error:
+                    interrupted, failure = f"by a fault: {error}", error
+            gates.decisions.harden_all()
         else:
             gates.decide(patient(loader, "scores", progress))
         _take_weights(gm, noisy)
-    options = {"unit": unit, "attention": attention, "normalization": normalization}
-    emission = Emission(
-        origin=Origin.of(model, gm, inputs, leaf_modules, **options),
-        original=dense,
-        gm=gm,
-        analysis=analysis,
-        method=method,
-        target=target,
-        scores=gates.scores,
-        needed=gates.needed,
-        multipliers=gates.multipliers,
-        history=gates.history,
-        curves=gates.curves.series,
-        histograms=gates.histograms,
-        settings={
-            "target": in_words(target),
-            "recursion": in_words(settings if method.trains or recursion is not None else None),
-            "recovery": in_words(recovery),
-            "training": in_words(training),
-            "distill": in_words(distill),
-            "seed": in_words(seed),
-            **options,
-        },
-        callback=callback,
-        task=task,
-        loader=loader,
-        inputs=inputs,
-        batch=batch,
-        evaluate=evaluate,
-        accuracy=accuracy,
-        recovery=recovery,
-        training=training,
-        distill=distill,
-        meter=meter,
-        progress=progress,
-        metric="accuracy" if metric is None else getattr(metric, "__name__", "metric"),
-        device=_describe(device),
-        seeded=seeded,
-    )
-    return emission.emit(selection, started=started, source=weakref.ref(model))
+        emission = Emission(
+            origin=Origin.of(model, gm, inputs, leaf_modules, **options),
+            original=dense,
+            gm=gm,
+            analysis=analysis,
+            method=method,
+            target=target,
+            scores=gates.decisions.scores,
+            needed=gates.decisions.needed,
+            multipliers=gates.decisions.multipliers,
+            history=gates.history,
+            curves=gates.curves.series,
+            histograms=gates.histograms,
+            settings=words,
+            callback=callback,
+            task=task,
+            loader=loader,
+            inputs=inputs,
+            batch=batch,
+            evaluate=evaluate,
+            accuracy=accuracy,
+            recovery=recovery,
+            training=training,
+            distill=distill,
+            meter=meter,
+            progress=progress,
+            metric="accuracy" if metric is None else getattr(metric, "__name__", "metric"),
+            device=_describe(device),
+            seeded=seeded,
+        )
+        return emission.emit(
+            selection,
+            started=started,
+            source=weakref.ref(model),
+            checkpoints=_nowhere if interrupted else checkpoints,
+            interruption=interruption,
+            interrupted=interrupted,
+            failure=failure,
+        )
+
+
+Where = Callable[[str], Checkpoints | None]
+
+
+def _nowhere(stage: str) -> None:
+    """No checkpoints of any stage."""
+
+
+@contextmanager
+def _saved(
+    directory: str | os.PathLike[str] | None,
+    interval: float,
+    model: nn.Module,
+    identity: dict[str, str],
+) -> Iterator[tuple[Where, Interruption]]:
+    """Where the stages are saved, and whether to stop; nowhere and never without a directory."""
+    if directory is None:
+        yield _nowhere, Interruption()
+        return
+    if not interval >= 0:
+        raise InputError(f"checkpoint_interval={interval} must be a number of seconds, from 0")
+    store = Store(directory, {"model": fingerprint(model), **identity})
+    with closing(store), interruptible() as interruption:
+        yield lambda stage: Checkpoints(store, stage, interval), interruption
 
 
 def _all_of(listeners: list[Callable[[Progress], None]]) -> Callable[[Progress], None]:
@@ -227,85 +292,10 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _require_repeatable(loader: Loader, val_loader: Loader | None) -> None:
-    for name, batches in (("loader", loader), ("val_loader", val_loader)):
-        if isinstance(batches, Iterator):
-            raise InputError(
-                f"the {name} is a {type(batches).__name__}, which can be gone through only once; "
-                "pass a DataLoader or a list"
-            )
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy of the model, which has to be one that can be trained."""
-    low = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
-    if low:
-        raise InputError(
-            f"the model has parameters of {', '.join(sorted(map(str, low)))}, too coarse to train "
-            "noise on; pass model.float() and convert the result back"
-        )
-    try:
-        return copy_model(model, {})
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({error}). rbpfx works on a copy so that "
-            "your model stays as it is; detach tensors that the model caches in its attributes."
-        ) from error
-
-
 def _describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
-
-
-def _example_inputs(model: nn.Module, loader: Loader, task: Task) -> tuple[ExampleInputs, int]:
-    """Inputs of the first batch and its size, after one full trial of the task on it."""
-    batch = next(iter(loader), None)
-    if batch is None:
-        raise InputError("the loader yields no batch")
-    inputs: ExampleInputs | None = None
-    try:
-        inputs = task.example_inputs(model, batch)
-        with evaluating(model), torch.no_grad():
-            loss = task.loss(model, batch)
-    except RbpfxError:
-        raise
-    except Exception as error:
-        leaves = tree_leaves(batch if inputs is None else inputs)
-        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-        raise InputError(
-            f"the model and the loss do not run on the loader's first batch (tensors of shape "
-            f"{shapes}): {error}"
-        ) from error
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        raise InputError(f"the loss must be a scalar tensor, not {loss!r}; average over the batch")
-    if not isfinite(float(loss)):
-        raise InputError(
-            f"the loss of the model is {float(loss)} before anything was pruned; check its "
-            "parameters and the loader's first batch for NaN"
-        )
-    return inputs, batch_size(batch)
-
-
-def _check_capture(model: nn.Module, gm: nn.Module, inputs: ExampleInputs) -> None:
-    """The graph must compute what the model computes, the second time too."""
-    with evaluating(model, gm), torch.no_grad():
-        error = max(difference(call_with(model, inputs), call_with(gm, inputs)) for _ in range(2))
-    if not error <= CAPTURE_TOLERANCE:
-        raise CaptureError(
-            f"the captured graph differs from the model by {error:.1e} of its output: the model's "
-            "Python code depends on something that tracing fixes. Keep that module whole with "
-            "leaf_modules=[...]."
-        )
-
-
-def _require_groups(analysis: Analysis) -> None:
-    if not analysis.groups:
-        reasons = "\n".join(f"  {axis.name}: {axis.reason}" for axis in analysis.frozen)
-        raise NothingToPruneError(
-            "the model has no channel that may be removed:\n" + (reasons or "  no layer was found")
-        )
 
 
 def _take_weights(gm: nn.Module, noisy: nn.Module) -> None:

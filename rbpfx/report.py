@@ -10,6 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from rbpfx.errors import InputError, LoadError
+from rbpfx.files import written_aside
 from rbpfx.plain import from_plain, to_plain
 from rbpfx.saving.schema import PLAN, SavedPlan
 from rbpfx.selection import Reached
@@ -60,6 +61,7 @@ class Report:
         coupling: Group name -> the groups that are computed from it.
         settings: What was asked for, in words: name -> value.
         environment: When and with what it was made: date, versions, processor.
+        interrupted: How far training got before it was stopped or failed; empty if it was not.
     """
 
     method: str
@@ -81,6 +83,7 @@ class Report:
     coupling: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     settings: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    interrupted: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types; numbers that JSON lacks, like infinity, are None."""
@@ -115,7 +118,8 @@ class Report:
         """Write the report as one file: a page that needs nothing beside it, or a picture.
 
         Args:
-            path: Ends in .html, or in .png, .svg or .pdf, which need matplotlib.
+            path: Ends in .html, or in .png, .svg or .pdf, which need matplotlib. A file that is
+                there is replaced when the new one is complete.
 
         Raises:
             InputError: It ends in something else, or matplotlib is missing.
@@ -124,12 +128,13 @@ class Report:
         from rbpfx.reporting import render_html, render_picture
 
         path = Path(path)
-        if path.suffix == ".html":
-            path.write_text(render_html(self), encoding="utf-8")
-        elif path.suffix in (".png", ".svg", ".pdf"):
-            render_picture(self).savefig(path)
-        else:
+        if path.suffix not in (".html", ".png", ".svg", ".pdf"):
             raise InputError(f"a report is written as .html, .png, .svg or .pdf, not {path.name!r}")
+        with written_aside(path) as aside:
+            if path.suffix == ".html":
+                aside.write_text(render_html(self), encoding="utf-8")
+            else:
+                render_picture(self).savefig(aside)
 
     def _repr_html_(self) -> str:
         from rbpfx.reporting import render_summary
@@ -195,8 +200,10 @@ class Report:
         return "\n".join(lines)
 
     def remarks(self) -> list[str]:
-        """What was asked for and reached, and why nothing was removed if so."""
+        """What was asked for and reached, and what kept it from being more."""
         lines = [] if self.target is None else [str(self.target)]
+        if self.interrupted:
+            lines.append(f"NOT FINISHED: training ended {self.interrupted}")
         if all(before == after for before, after in self.widths.values()):
             lines.append(
                 "nothing was removed: no unit was redundant by the method's own rule. Train longer "

@@ -64,7 +64,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work has begun")
 
     monkeypatch.setattr(RecursiveTraining, "run", work)
-    monkeypatch.setattr(rbpfx.result.Emission, "emit", work)
+    monkeypatch.setattr(rbpfx.emission.Emission, "emit", work)
 
 
 def state(result: PruningResult) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rbpfx.cli.console import Answer, Console, reporting
 from rbpfx.cli.inspect import example_inputs
 from rbpfx.cli.models import find_model, trained_model
 from rbpfx.cli.saved import saved_answer
+from rbpfx.emission import VERIFIED_EXAMPLES
 from rbpfx.errors import PlanError
 from rbpfx.graph.capture import trace
 from rbpfx.graph.copying import copy_model
@@ -29,7 +31,7 @@ from rbpfx.graph.verification import require_equal
 from rbpfx.latency import first_examples, measure_latency
 from rbpfx.plan import PruningPlan
 from rbpfx.report import Figures, Report
-from rbpfx.result import VERIFIED_EXAMPLES, PruningResult
+from rbpfx.result import PruningResult
 from rbpfx.saving.examples import build_inputs, describe_inputs, require_savable
 from rbpfx.saving.origin import Origin
 from rbpfx.saving.schema import MAX_PLAN_BYTES, SavedPlan
@@ -73,7 +75,7 @@ def apply(
     started = time.perf_counter()
     options.require_free(out, force)
     chosen, saved = _read(plan)
-    with console.stages(model, 4) as begin:
+    with console.stages(model, 6) as begin:
         begin("building")
         source = find_model(model)
         network = trained_model(source, weights, progress=not console.quiet).eval()
@@ -88,7 +90,7 @@ def apply(
             gm = saved.capture(copy_model(network, {}))
         begin("cutting")
         found = analyze(gm, **analysis)
-        result = _cut(gm, found, chosen, inputs, started)
+        result = _cut(gm, found, chosen, inputs, started, begin)
         begin("saving")
         result = replace(result, origin=Origin.of(network, gm, inputs, leaf_modules, **analysis))
         result.save(out)
@@ -96,7 +98,12 @@ def apply(
 
 
 def _cut(
-    gm: nn.Module, analysis: Analysis, plan: PruningPlan, inputs: Any, started: float
+    gm: nn.Module,
+    analysis: Analysis,
+    plan: PruningPlan,
+    inputs: Any,
+    started: float,
+    begin: Callable[[str], None],
 ) -> PruningResult:
     """Slice a captured network, verify and measure.
 
@@ -105,9 +112,11 @@ def _cut(
         VerificationError: Slicing changed the function.
     """
     pruned, masked = rewrite(gm, analysis, plan), apply_mask(gm, analysis, plan)
+    begin("verifying")
     inexact = analysis.inexact(plan)
     examples = first_examples(inputs, VERIFIED_EXAMPLES)
     error = require_equal(masked, pruned, examples, inexact=inexact)
+    begin("measuring")
     dense_figures, pruned_figures = _figures([gm, pruned], inputs)
     groups = analysis.groups
     report = Report(

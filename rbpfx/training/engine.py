@@ -23,6 +23,13 @@ from rbpfx.training.layout import has_images, keep_layout, to_channels_last
 from rbpfx.training.settings import PRECISIONS, Training, Update
 from rbpfx.training.task import Task, batch_size, to_device
 
+_RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
+"""Of a group of parameters: what optimisers and torch's schedulers call their learning rates."""
+
+
+class NumericalFault(Exception):
+    """A loss that is not finite, or that has exploded."""
+
 
 class Losses(NamedTuple):
     """What a step measured, as scalars on the CPU.
@@ -95,18 +102,17 @@ class Stepper:
             gates = [m for m in model.modules() if isinstance(getattr(m, "phase", None), Phase)]
             self._uncompiled = {gate: torch.compiler.disable(gate.forward) for gate in gates}
 
-    def step(self, batches: Sequence[Any], on_divergence: Callable[[], Exception]) -> Losses:
+    def step(self, batches: Sequence[Any]) -> Losses:
         """One step of every optimiser.
 
         Args:
             batches: The batches of the step; their examples count alike.
-            on_divergence: Returns what is raised if the loss is not finite.
 
         Returns:
             The loss of the step, without and with what.
 
         Raises:
-            Exception: What `on_divergence` returns; no parameter was updated.
+            NumericalFault: The loss is not finite; no parameter was updated.
             InputError: The loss does not depend on the network, is no scalar, or `train_step` does
                 not call `update` exactly once.
         """
@@ -116,9 +122,36 @@ class Stepper:
         for place, (batch, size) in enumerate(zip(batches, sizes, strict=True), start=1):
             share = size / sum(sizes) if sum(sizes) else 1 / len(sizes)
             last = place == len(batches)
-            self._micro_step(batch, lambda loss: self._add(loss, share, total, last, on_divergence))  # noqa: B023
+            self._micro_step(batch, lambda loss: self._add(loss, share, total, last))  # noqa: B023
         assert total.losses is not None
         return total.losses
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of optimisers, schedulers and gradient scaler."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to a state."""
+        for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
+        for scheduler, its_state in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(its_state)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+
+    def slow_down(self, factor: float) -> None:
+        """Multiply all learning rates, those of the schedules too."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for name in _RATES & group.keys():
+                    group[name] *= factor
+        for scheduler in self.schedulers:
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
 
     def _micro_step(self, batch: Any, add: Update) -> None:
         """The forward and backward of one batch."""
@@ -152,14 +185,7 @@ class Stepper:
             loss = self.task.loss(self._network, batch, self.teacher)
         update(loss)
 
-    def _add(
-        self,
-        loss: Tensor,
-        share: float,
-        total: _Total,
-        last: bool,
-        on_divergence: Callable[[], Exception],
-    ) -> None:
+    def _add(self, loss: Tensor, share: float, total: _Total, last: bool) -> None:
         """Add the gradient of one batch; with the last one, update."""
         _require_trainable(loss)
         # A hook calls from under autocast, which must not reach backward or penalty.
@@ -172,7 +198,7 @@ class Stepper:
                 total.losses = _measured(total.data, penalty.detach())
                 if not isfinite(float(sum(total.losses))):
                     self._forget_gradients()
-                    raise on_divergence()
+                    raise NumericalFault("the loss is not a finite number")
             self._backward(objective)
             if last:
                 self._update()
@@ -290,4 +316,4 @@ def _has_gradients(optimizer: Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
-__all__ = ["Losses", "Stepper", "Training"]
+__all__ = ["Losses", "NumericalFault", "Stepper", "Training"]

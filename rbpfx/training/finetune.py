@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from math import cos, pi
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from rbpfx.errors import DivergenceError, InputError, RbpfxError
+from rbpfx.checkpoints import Checkpoints
+from rbpfx.errors import InputError, RbpfxError
 from rbpfx.graph.capture import keeping_modes
 from rbpfx.training.engine import Stepper, Training
+from rbpfx.training.interruption import Interruption
 from rbpfx.training.layout import keeping_layout
-from rbpfx.training.loop import grouped, snapshot, steps_per_epoch, still_finite
+from rbpfx.training.loop import steps_per_epoch
+from rbpfx.training.safeguard import Safeguard
+from rbpfx.training.stream import Stream
 from rbpfx.training.task import Loader, Task
 
 
@@ -68,7 +72,9 @@ def finetune(
     teacher: nn.Module | None = None,
     report: Callable[[int, int, float], None] = lambda *_: None,
     training: Training | None = None,
-) -> None:
+    checkpoints: Checkpoints | None = None,
+    interruption: Interruption | None = None,
+) -> str:
     """Train a network in place; after a cut, refresh its BatchNorm statistics first.
 
     Args:
@@ -80,29 +86,69 @@ def finetune(
         teacher: Network whose outputs are imitated in half of the loss.
         report: Called after every step with (steps done, steps planned, loss).
         training: How a step is carried out.
+        checkpoints: Where the training is saved, and goes on if it was saved there.
+        interruption: Asks the training to stop.
+
+    Returns:
+        How far it got before it was stopped, in words; empty if it has finished.
 
     Raises:
         InputError: `settings.optimizer` returns no optimiser, or the loss does not depend on the
             network.
-        DivergenceError: The loss is no finite number any more; `model` is as it was before.
+        DivergenceError: The loss is no finite number any more, or has exploded, and was not saved
+            by lower learning rates; `model` is back at its last good state.
     """
     training = training or Training()
-    steps = round(settings.epochs * steps_per_epoch(loader, training.accumulate))
+    per_epoch = steps_per_epoch(loader, training.accumulate)
+    steps = round(settings.epochs * per_epoch)
     weights = [p for p in model.parameters() if p.requires_grad]
     if steps == 0 or not weights:
-        return
+        return ""
     optimizer = _optimizer(settings, weights)
     schedule = _scheduler(settings, optimizer, steps)
-    before = snapshot(model)
+    run = _Run(model, steps)
     with keeping_modes(model), keeping_layout(model):
         stepper = Stepper(
             model, task, training, [optimizer], schedulers=[schedule], teacher=teacher
         )
-        for step, group in enumerate(grouped(loader, steps, training.accumulate), start=1):
-            losses = stepper.step(group, partial(_diverged, model, before, step))
-            report(step, steps, float(losses.data))
-    if not still_finite(model, group[-1], task):
-        raise _diverged(model, before, steps)
+        safeguard = Safeguard(
+            run,
+            model,
+            stepper,
+            Stream(loader, training.accumulate, task.device),
+            place=lambda: ("fine-tuning", " of the fine-tuning"),
+            advice="Lower FineTune(lr=...).",
+            checkpoints=checkpoints,
+            interruption=interruption,
+        )
+        while not run.finished and not safeguard.stopped:
+            losses = safeguard.step()
+            if losses is None:
+                continue
+            run.step += 1
+            report(run.step, steps, float(losses.data))
+            safeguard.passed(milestone=run.step % per_epoch == 0)
+    return "" if run.finished else f"after step {run.step} of {steps} of the fine-tuning"
+
+
+class _Run:
+    """A fine-tuning under way."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.model = model
+        self.steps = steps
+        self.step = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "network": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["network"])
 
 
 def _optimizer(settings: FineTune, weights: list[nn.Parameter]) -> Optimizer:
@@ -134,14 +180,3 @@ def _scheduler(settings: FineTune, optimizer: Optimizer, steps: int) -> LRSchedu
         return 0.5 * (1 + cos(pi * (step - rising) / max(steps - rising, 1)))
 
     return LambdaLR(optimizer, factor)
-
-
-def _diverged(model: nn.Module, before: dict[str, torch.Tensor], step: int) -> DivergenceError:
-    model.load_state_dict(before)
-    return DivergenceError(
-        f"the loss is not a finite number at step {step} of the fine-tuning. The network is back "
-        "at the state before it (error.model). Lower FineTune(lr=...).",
-        stage="fine-tuning",
-        step=step,
-        model=model,
-    )

@@ -1,18 +1,17 @@
-"""What every training phase shares: endless batches, checked steps, BatchNorm refresh."""
+"""Passes over a loader: endless batches, a last check, the BatchNorm refresh."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rbpfx.errors import InputError
 from rbpfx.graph.capture import evaluating
+from rbpfx.training.stream import Stream
 from rbpfx.training.task import Loader, Task
 
 
@@ -20,37 +19,12 @@ def batches(loader: Loader, count: int) -> Iterator[Any]:
     """`count` batches, going through the loader as often as needed.
 
     Raises:
-        InputError: The loader yields nothing, or cannot be gone through twice.
+        InputError: The loader yields nothing, cannot be gone through twice, or raises.
     """
-    return (batch for (batch,) in grouped(loader, count))
-
-
-def grouped(loader: Loader, count: int, size: int = 1) -> Iterator[list[Any]]:
-    """`count` lists of `size` batches of one epoch, the last of an epoch shorter if need be.
-
-    Args:
-        loader: Gone through as often as needed; no batch is left out.
-        count: Number of lists.
-        size: Batches per list.
-
-    Raises:
-        InputError: The loader yields nothing, or cannot be gone through twice.
-    """
-    done = 0
-    while done < count:
-        before = done
-        epoch = iter(loader)
-        while group := list(islice(epoch, size)):
-            yield group
-            done += 1
-            if done == count:
-                return
-        if done == before:
-            raise InputError(
-                "the loader yields no batch"
-                if done == 0
-                else "the loader can be gone through only once; pass a DataLoader or a list"
-            )
+    stream = Stream(loader)
+    for _ in range(count):
+        (batch,) = stream.take()
+        yield batch
 
 
 def steps_per_epoch(loader: Loader, accumulate: int = 1) -> int:
@@ -65,11 +39,6 @@ def steps_per_epoch(loader: Loader, accumulate: int = 1) -> int:
     except TypeError:
         length = sum(1 for _ in loader)
     return -(-length // accumulate)
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a module's state in the memory of the CPU, to return to."""
-    return {n: t.detach().to("cpu", copy=True) for n, t in model.state_dict().items()}
 
 
 @torch.no_grad()

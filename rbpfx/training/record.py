@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,14 @@ class Curves:
         self.point(step, **{name: fmean(values) for name, values in self._since.items()})
         self._since.clear()
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was written down, and heard since."""
+        return {"series": self.series, "since": self._since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to a state."""
+        self.series, self._since = state["series"], state["since"]
 
     def point(self, step: int, **figures: float) -> None:
         """Write down the figures of one step, to six significant digits."""

@@ -9,24 +9,27 @@ already (`window`), so that they compete for one budget; the front then passes o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rbpfx.errors import DivergenceError
+from rbpfx.checkpoints import Checkpoints
 from rbpfx.graph.capture import evaluating
 from rbpfx.methods import Gate, Method, Phase, noise_gates
-from rbpfx.selection import Selection, Units, Values
+from rbpfx.selection import Selection
 from rbpfx.training.budget import BudgetProjection
-from rbpfx.training.engine import Stepper
-from rbpfx.training.loop import batches, grouped, snapshot, steps_per_epoch, still_finite
+from rbpfx.training.decisions import Decisions, own_rule, unit_weights
+from rbpfx.training.engine import Losses, Stepper
+from rbpfx.training.interruption import Interruption
+from rbpfx.training.loop import batches, steps_per_epoch
 from rbpfx.training.record import MOMENTS, Curves, GateHistograms, due
+from rbpfx.training.safeguard import Safeguard
 from rbpfx.training.schedule import Evidence, Recursion, Schedule
 from rbpfx.training.settings import Training
+from rbpfx.training.stream import Stream
 from rbpfx.training.task import Loader, Task, examples_in
 
 logger = logging.getLogger(__name__)
@@ -76,10 +79,9 @@ class RecursiveTraining:
         training: How a training step is carried out.
 
     Attributes:
-        scores: Group name -> score of every unit, once it is hardened; those of removed units
-            too, since another target may call them back.
-        needed: Group name -> which units the decision at its hardening kept.
-        multipliers: Group name -> the multiplier of every unit if it stays.
+        step: Optimiser steps done.
+        front: Number of groups hardened.
+        decisions: What was decided about the units of these.
         history: One entry per hardened group.
         curves: Loss, bound, expected cost and open gates over the training.
         histograms: How open the gates were, from time to time.
@@ -104,35 +106,51 @@ class RecursiveTraining:
         self.teacher = teacher
         self.training = training or Training()
         self.gates: list[Gate] = noise_gates(noisy)
-        self.weights = self._unit_weights()
+        self.decisions = Decisions(self.gates, selection, method, settings.sharpness[0])
+        aware = settings.cost_aware and method.cost_weighted
+        self.weights = unit_weights(selection, self.gates, aware)
         self.strength = settings.strength if settings.strength is not None else method.strength
-        self.scores: dict[str, Values] = {}
-        self.needed: dict[str, Units] = {}
-        self.multipliers: dict[str, Tensor] = {}
+        self.step = 0
+        self.front = 0
         self.history: list[dict[str, Any]] = []
         self.curves = Curves()
         self.histograms = GateHistograms()
-        self.sharpness = settings.sharpness[0]
-        self.projection = BudgetProjection(self.gates, self.weights, self.expected_cost)
+        self.projection = BudgetProjection(self.gates, self.weights, self.decisions.expected_cost)
+        self._schedule = Schedule.plan(len(self.gates), len(self.gates), settings)
+        self._evidence = Evidence(1, settings.tolerance)
 
-    def run(self, loader: Loader, report: Callable[[Progress], None] | None = None) -> None:
+    def run(
+        self,
+        loader: Loader,
+        report: Callable[[Progress], None] | None = None,
+        checkpoints: Checkpoints | None = None,
+        interruption: Interruption | None = None,
+    ) -> str:
         """Train and harden every group.
 
         Args:
             loader: Training batches.
             report: Called after every step.
+            checkpoints: Where the training is saved, and goes on if it was saved there.
+            interruption: Asks the training to stop.
+
+        Returns:
+            How far it got before it was stopped, in words, with groups that are not hardened;
+            empty if it has finished.
 
         Raises:
             InputError: The loss does not depend on the network, or a `train_step` hook does not
                 do its part.
-            DivergenceError: The loss is no finite number any more; `noisy` is back at the state
-                after the last hardening that was followed by a finite loss.
+            DivergenceError: The loss is no finite number any more, or has exploded, and was not
+                saved by lower learning rates; `noisy` is back at its last good state.
         """
         settings = self.settings
         per_epoch = steps_per_epoch(loader, self.training.accumulate)
         steps = max(round(settings.epochs * per_epoch), len(self.gates))
         examples = examples_in(loader)
-        good = latest = self._state()
+        self._schedule = Schedule.plan(len(self.gates), steps, settings)
+        patience = max(round(settings.patience * per_epoch), 1)
+        self._evidence = Evidence(patience, settings.tolerance)
         optimizers = self._optimizers()
         stepper = Stepper(
             self.noisy,
@@ -142,47 +160,37 @@ class RecursiveTraining:
             teacher=self.teacher,
             penalty=lambda: self._penalty(examples),
         )
-        schedule = Schedule.plan(len(self.gates), steps, settings)
-        evidence = Evidence(max(round(settings.patience * per_epoch), 1), settings.tolerance)
-        strength = self.strength if self.budget is None else 0.0
-        front = 0
-        for step, group in enumerate(grouped(loader, steps, self.training.accumulate)):
-            for index, gate in enumerate(self.gates[front:], start=front):
-                gate.phase = schedule.phase(index, front)
-            if step % per_epoch == 0:
-                self._begin_epoch(step)
-            losses = stepper.step(group, lambda: self._diverged(good, front, step))  # noqa: B023
-            good = latest
-            if self.budget is not None and self.method.trains:
-                self.sharpness = schedule.sharpness(step, settings.sharpness)
-                strength = self.projection.apply(optimizers[0], schedule.budget(step, self.budget))
-            for gate in self.gates[front:]:
+        safeguard = Safeguard(
+            self,
+            self.noisy,
+            stepper,
+            Stream(loader, self.training.accumulate, self.task.device),
+            place=lambda: (self._group(), f", with group {self._group()!r} at the front"),
+            advice="Lower Recursion(weight_lr=...) or strength.",
+            checkpoints=checkpoints,
+            interruption=interruption,
+        )
+        while not self.finished and not safeguard.stopped:
+            for index, gate in enumerate(self.gates[self.front :], start=self.front):
+                gate.phase = self._schedule.phase(index, self.front)
+            if self.step % per_epoch == 0:
+                self._begin_epoch()
+            losses = safeguard.step()
+            if losses is None:
+                continue
+            strength = self._hold_budget(optimizers[0])
+            for gate in self.gates[self.front :]:
                 gate.update()
-            loss, bound = float(losses.data), float(losses.data + losses.penalty)
-            if front == 0 and self.budget is None and evidence.settled(bound):
-                schedule = schedule.started(step + 1)
-            hardens = front < len(self.gates) and schedule.hardens(step, front)
-            recorded = self.curves.add(step + 1, schedule.steps, loss=loss, bound=bound)
-            if report is not None or hardens or recorded:
-                reached = self._progress(step, schedule.steps, front, loss, bound, strength)
-            choice = self._choice() if hardens else {}
-            while front < len(self.gates) and schedule.hardens(step, front):
-                self._harden(self.gates[front], choice)
-                self.history.append({**asdict(reached), "group": self.gates[front].group})
-                logger.info("step %d: hardened %s", step + 1, self.gates[front].group)
-                latest = self._state()
-                front += 1
-            if recorded:
-                self.curves.point(step + 1, cost=reached.cost, open_gates=reached.open_gates)
-            if due(step + 1, schedule.steps, MOMENTS):
-                openness = {gate.group: self._openness(gate) for gate in self.gates}
-                self.histograms.add(step + 1, openness)
-            if report is not None:
-                report(reached)
-            if front == len(self.gates):
-                break
-        if not still_finite(self.noisy, group[-1], self.task):
-            raise self._diverged(good, front, step)
+            hardened = self._end_step(losses, strength, report)
+            safeguard.passed(milestone=hardened or self.step % per_epoch == 0)
+        if self.finished:
+            return ""
+        return f"after step {self.step} of {self._schedule.steps} of the noise training"
+
+    @property
+    def finished(self) -> bool:
+        """Whether every group is hardened."""
+        return self.front == len(self.gates)
 
     def decide(self, loader: Loader, max_batches: int = 64) -> None:
         """Harden every group at once without training.
@@ -196,83 +204,87 @@ class RecursiveTraining:
                 for batch in batches(loader, min(max_batches, steps_per_epoch(loader))):
                     self.task.loss(self.noisy, batch).backward()
             self.noisy.zero_grad(set_to_none=True)
-        choice = self._choice()
-        for gate in self.gates:
-            self._harden(gate, choice)
+        self.decisions.harden_all()
 
-    def expected_cost(self) -> float:
-        """Share of the dense cost, given how open the gates are.
+    def state_dict(self) -> dict[str, Any]:
+        """All that the training has changed, but for its optimisers."""
+        return {
+            "step": self.step,
+            "front": self.front,
+            "network": self.noisy.state_dict(),
+            "decisions": self.decisions.state_dict(),
+            "schedule": asdict(self._schedule),
+            "evidence": self._evidence.state_dict(),
+            "history": self.history,
+            "curves": self.curves.state_dict(),
+            "histograms": asdict(self.histograms),
+        }
 
-        Groups that wait count as if they were at the budget already, so that a strict recursion
-        asks its fair share of every group.
-        """
-        waiting = 1.0 if self.budget is None else self.budget**0.5
-        shares: dict[str, Values | float] = {}
-        for gate in self.gates:
-            shares[gate.group] = waiting if gate.phase is Phase.WAITING else self._openness(gate)
-        return self.selection.expected(shares)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to a state."""
+        self.step, self.front = state["step"], state["front"]
+        self.noisy.load_state_dict(state["network"])
+        self.decisions.load_state_dict(state["decisions"])
+        self._schedule = Schedule(**state["schedule"])
+        self._evidence.load_state_dict(state["evidence"])
+        self.history = state["history"]
+        self.curves.load_state_dict(state["curves"])
+        self.histograms = GateHistograms(**state["histograms"])
 
-    def _begin_epoch(self, step: int) -> None:
+    def _begin_epoch(self) -> None:
         """Tell the gates what the target would keep; remove what is redundant, if so wished."""
         waiting = [gate for gate in self.gates if gate.phase is not Phase.HARDENED]
         if self.budget is not None:
-            choice = self._choice()
+            choice = self.decisions.choice()
             for gate in waiting if choice else ():
                 gate.choose(choice[gate.group].to(gate.alive.device))
-        elif self.settings.decisions == "epoch" and step > 0:
+        elif self.settings.decisions == "epoch" and self.step > 0:
             for gate in waiting:
                 if gate.phase is Phase.NOISY:
-                    gate.remove(~self._own_rule(gate))
+                    gate.remove(~own_rule(gate))
 
-    def _own_rule(self, gate: Gate) -> Tensor:
-        """Which units the method's rule keeps: always the best of them at least."""
-        needed = gate.needed() & gate.alive
-        if not needed.any():
-            needed[self._score(gate).argmax()] = True
-        return needed
+    def _hold_budget(self, optimizer: torch.optim.Optimizer) -> float:
+        """Close gates until the budget holds; the strength of the prior that this amounts to."""
+        if self.budget is None:
+            return self.strength
+        if not self.method.trains:
+            return 0.0
+        self.decisions.sharpness = self._schedule.sharpness(self.step, self.settings.sharpness)
+        return self.projection.apply(optimizer, self._schedule.budget(self.step, self.budget))
 
-    @torch.no_grad()
-    def _score(self, gate: Gate) -> Tensor:
-        """Scores, `(size,)`; units that were removed for good come last."""
-        score = gate.score()
-        return torch.where(gate.alive, score, score.min() - score.min().abs() - 1)
+    def _end_step(
+        self, losses: Losses, strength: float, report: Callable[[Progress], None] | None
+    ) -> bool:
+        """Harden the groups whose time has come and write the step down; whether there were any."""
+        loss, bound = float(losses.data), float(losses.data + losses.penalty)
+        if self.front == 0 and self.budget is None and self._evidence.settled(bound):
+            self._schedule = self._schedule.started(self.step + 1)
+        hardens = self._schedule.hardens(self.step, self.front)
+        steps = self._schedule.steps
+        recorded = self.curves.add(self.step + 1, steps, loss=loss, bound=bound)
+        if report is not None or hardens or recorded:
+            cost, open_units = self.decisions.expected_cost(), self.decisions.open_units()
+            told = (self._group(), self.front, loss, bound, strength, cost, open_units)
+            reached = Progress(self.step + 1, steps, *told)
+        choice = self.decisions.choice() if hardens else {}
+        while not self.finished and self._schedule.hardens(self.step, self.front):
+            self.decisions.harden(self.gates[self.front], choice)
+            self.history.append({**asdict(reached), "group": self._group()})
+            logger.info("step %d: hardened %s", self.step + 1, self._group())
+            self.front += 1
+        if recorded:
+            self.curves.point(self.step + 1, cost=reached.cost, open_gates=reached.open_gates)
+        if due(self.step + 1, steps, MOMENTS):
+            openness = {gate.group: self.decisions.openness(gate) for gate in self.gates}
+            self.histograms.add(self.step + 1, openness)
+        self.step += 1
+        if report is not None:
+            report(reached)
+        return hardens
 
-    def _choice(self) -> dict[str, Tensor]:
-        """What the target keeps by the present scores: group name -> boolean `(size,)`.
-
-        Empty where every gate decides by its own rule: without a budget, and while the noise of
-        some groups waits, of which nothing is known that a budget could be shared out by.
-        """
-        waiting = any(gate.phase is Phase.WAITING for gate in self.gates)
-        if self.budget is None or (waiting and self.method.decides):
-            return {}
-        scores = {
-            gate.group: self.scores[gate.group]
-            if gate.group in self.scores
-            else self._score(gate).double().cpu().numpy()
-            for gate in self.gates
-        }
-        kept = self.selection.kept(self.selection.training_plan(scores))
-        return {name: torch.from_numpy(units) for name, units in kept.items()}
-
-    def _openness(self, gate: Gate) -> Values:
-        with torch.no_grad():
-            if gate.phase is Phase.HARDENED:
-                openness = (gate.constants != 0).double()
-            elif gate.phase is Phase.WAITING:
-                openness = torch.ones_like(gate.constants)
-            else:
-                openness = gate.openness(self.sharpness) * gate.alive
-            values: Values = openness.double().cpu().numpy()
-            return values
-
-    @torch.no_grad()
-    def _harden(self, gate: Gate, choice: Mapping[str, Tensor]) -> None:
-        needed = choice[gate.group] if gate.group in choice else self._own_rule(gate)
-        self.scores[gate.group] = self._score(gate).double().cpu().numpy()
-        self.needed[gate.group] = needed.cpu().numpy()
-        self.multipliers[gate.group] = gate.kept_multiplier().detach().clone()
-        gate.harden(needed)
+    def _group(self) -> str:
+        """The group at the front, or the last one."""
+        return self.gates[min(self.front, len(self.gates) - 1)].group
 
     def _penalty(self, examples: int) -> Tensor:
         """What all gates add to the loss of an example.
@@ -287,17 +299,6 @@ class RecursiveTraining:
             if gate.phase is Phase.NOISY:
                 total = total + weight.to(total) * gate.penalty(strength, examples).sum()
         return total
-
-    def _unit_weights(self) -> list[Tensor]:
-        """One weight per group, proportional to the cost of a unit, of mean 1 over all units."""
-        groups = [self.selection.analysis.group(gate.group) for gate in self.gates]
-        aware = self.settings.cost_aware and self.method.cost_weighted
-        cost = np.array([self.selection.unit_cost(g) if aware else 1.0 for g in groups])
-        sizes = np.array([g.size for g in groups])
-        cost = np.maximum(cost, cost.max() * 1e-6) if cost.max() > 0 else np.ones_like(cost)
-        cost = cost * sizes.sum() / (cost * sizes).sum()
-        device = self.gates[0].constants.device
-        return [torch.tensor(float(c), device=device) for c in cost]
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         settings = self.settings
@@ -319,38 +320,3 @@ class RecursiveTraining:
                 )
             )
         return optimizers
-
-    def _state(self) -> tuple[dict[str, Tensor], list[Phase]]:
-        """A state to return to."""
-        return snapshot(self.noisy), [gate.phase for gate in self.gates]
-
-    def _diverged(
-        self, good: tuple[dict[str, Tensor], list[Phase]], front: int, step: int
-    ) -> DivergenceError:
-        state, phases = good
-        self.noisy.load_state_dict(state)
-        for gate, phase in zip(self.gates, phases, strict=True):
-            gate.phase = phase
-        group = self.gates[min(front, len(self.gates) - 1)].group
-        return DivergenceError(
-            f"the loss is not a finite number at step {step + 1}, with group {group!r} at "
-            "the front. The network is back at its last good state (error.model). Lower "
-            "Recursion(weight_lr=...) or strength, and check the batches for NaN.",
-            stage=group,
-            step=step + 1,
-            model=self.noisy,
-        )
-
-    def _progress(
-        self,
-        step: int,
-        steps: int,
-        front: int,
-        loss: float,
-        bound: float,
-        strength: float,
-    ) -> Progress:
-        group = self.gates[min(front, len(self.gates) - 1)].group
-        cost = self.expected_cost()
-        open_gates = sum(int((self._openness(gate) > 0.5).sum()) for gate in self.gates)
-        return Progress(step + 1, steps, group, front, loss, bound, strength, cost, open_gates)

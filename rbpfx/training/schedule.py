@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rbpfx.errors import RbpfxError
 from rbpfx.methods import Phase
@@ -138,6 +139,14 @@ class Evidence:
         self.tolerance = tolerance
         self.window: list[float] = []
         self.readings: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has heard."""
+        return {"window": self.window, "readings": self.readings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to a state."""
+        self.window, self.readings = state["window"], state["readings"]
 
     def settled(self, bound: float) -> bool:
         """Take one step's bound; whether it has stopped falling."""

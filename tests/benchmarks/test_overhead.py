@@ -65,7 +65,7 @@ def test_the_noisy_side_trains_noise_and_decides_nothing(
     (training,) = trained
     gates = noise_gates(training.noisy)
     assert {gate.phase.value for gate in gates} == {"noisy"}
-    assert training.expected_cost() < 0.55
+    assert training.decisions.expected_cost() < 0.55
     assert not training.history
 
 

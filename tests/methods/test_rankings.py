@@ -49,7 +49,7 @@ def scores(model: nn.Module, method: Method, decide: bool = False) -> dict[str, 
         selection = Selection(analysis, Target(macs=0.5))
         training = RecursiveTraining(noisy, selection, method, Task(), Recursion())
         training.decide(BATCHES)
-        return {name: torch.from_numpy(score) for name, score in training.scores.items()}
+        return {name: torch.from_numpy(score) for name, score in training.decisions.scores.items()}
     return {gate.group: gate.score() for gate in noise_gates(noisy)}
 
 

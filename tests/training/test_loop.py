@@ -1,4 +1,4 @@
-"""What training phases share: endless batches, checked steps, BatchNorm refresh."""
+"""Passes over a loader: endless batches, a last check, the BatchNorm refresh."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from torch.utils.data import DataLoader
 
 from rbpfx import InputError
 from rbpfx.graph.capture import keeping_modes
-from rbpfx.training.loop import (
-    batches,
-    grouped,
-    refresh_batchnorm,
-    snapshot,
-    steps_per_epoch,
-    still_finite,
-)
+from rbpfx.training.loop import batches, refresh_batchnorm, steps_per_epoch, still_finite
 from rbpfx.training.task import Task
 
 
@@ -55,38 +48,8 @@ class TestBatches:
         assert fetched == [0, 1, 2, 3]
 
 
-class TestGroups:
-    @pytest.mark.parametrize("length", [1, 4, 7])
-    @pytest.mark.parametrize("size", [1, 2, 3, 9])
-    def test_an_epoch_loses_no_batch_and_is_not_crossed(self, length: int, size: int) -> None:
-        loader = list(range(length))
-        steps = steps_per_epoch(loader, size)
-        groups = list(grouped(loader, 2 * steps, size))
-        for epoch in (groups[:steps], groups[steps:]):
-            assert [batch for group in epoch for batch in group] == loader
-            assert all(len(group) == size for group in epoch[:-1])
-            assert 0 < len(epoch[-1]) <= size
-
-    def test_it_ends_within_an_epoch(self) -> None:
-        assert list(grouped(Countless(), 3, 2)) == [[0, 1], [2], [0, 1]]
-        assert list(grouped(Countless(), 0, 2)) == []
-
-    def test_steps_without_a_length(self) -> None:
-        assert [steps_per_epoch(Countless(), size) for size in (1, 2, 3, 4)] == [3, 2, 1, 1]
-
-    @pytest.mark.parametrize(("loader", "message"), [([], "no batch"), (iter([0]), "only once")])
-    def test_errors(self, loader: object, message: str) -> None:
-        with pytest.raises(InputError, match=message):
-            list(grouped(loader, 2, 2))
-
-
-def test_a_snapshot_is_a_copy() -> None:
-    model = nn.BatchNorm1d(2)
-    before = snapshot(model)
-    model(torch.randn(8, 2))
-    assert not torch.equal(before["running_mean"], model.running_mean)
-    model.load_state_dict(before)
-    assert model.num_batches_tracked == 0
+def test_steps_without_a_length() -> None:
+    assert [steps_per_epoch(Countless(), size) for size in (1, 2, 3, 4)] == [3, 2, 1, 1]
 
 
 def test_modes_are_kept_when_something_fails() -> None:

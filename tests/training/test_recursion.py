@@ -154,13 +154,14 @@ class TestRecords:
         training = recursive(FourGroups(), 0.4, epochs=2)
         training.run(BATCHES)
         sizes = {group.name: group.size for group in training.selection.analysis.groups}
-        assert {name: score.shape for name, score in training.scores.items()} == {
+        assert {name: score.shape for name, score in training.decisions.scores.items()} == {
             name: (size,) for name, size in sizes.items()
         }
+        decisions = training.decisions
         for gate in training.gates:
-            score, mean = training.scores[gate.group], training.multipliers[gate.group]
+            score, mean = decisions.scores[gate.group], decisions.multipliers[gate.group]
             assert torch.allclose(mean.double(), torch.from_numpy(score))
-            needed = training.needed[gate.group]
+            needed = decisions.needed[gate.group]
             assert needed.any()
             assert torch.equal(gate.constants, torch.where(torch.from_numpy(needed), mean, 0))
 
@@ -169,7 +170,7 @@ class TestRecords:
         assert not all(g.foldable for g in training.selection.analysis.groups)
         training.run(BATCHES)
         for gate in training.gates:
-            ones = (training.multipliers[gate.group] == 1).all()
+            ones = (training.decisions.multipliers[gate.group] == 1).all()
             assert ones == (not training.selection.analysis.group(gate.group).foldable)
 
     def test_the_plan_follows_the_scores(self) -> None:
@@ -177,7 +178,7 @@ class TestRecords:
         training.run(BATCHES)
         plan = plan_of(training)
         for name, units in plan.kept.items():
-            score = training.scores[name]
+            score = training.decisions.scores[name]
             removed = np.setdiff1d(np.arange(len(score)), units)
             assert score[list(units)].min() >= score[removed].max()
 
@@ -189,7 +190,7 @@ class TestStrength:
             torch.manual_seed(0)
             training = recursive(dense, strength=strength, noise_lr=0.2, epochs=5)
             training.run(BATCHES)
-            kept.append(sum(int(needed.sum()) for needed in training.needed.values()))
+            kept.append(sum(int(needed.sum()) for needed in training.decisions.needed.values()))
         assert kept[0] > kept[1] > kept[2]
         assert kept[2] == 2  # the best unit of either group stays
 
@@ -199,7 +200,7 @@ class TestStrength:
         plan = plan_of(training)
         for group in training.selection.analysis.groups:
             kept = plan.kept.get(group.name, tuple(range(group.size)))
-            assert kept == tuple(np.flatnonzero(training.needed[group.name]))
+            assert kept == tuple(np.flatnonzero(training.decisions.needed[group.name]))
 
     def test_cost_weighs_the_divergence(self, dense: nn.Module) -> None:
         aware = recursive(dense, cost_aware=True)
@@ -224,9 +225,9 @@ class TestBudget:
         training = recursive(FourGroups(), 0.3, window=1, epochs=6)
         training.run(BATCHES)
         for name in ("conv", "fc1", "fc2"):
-            rule = training.scores[name] > 0.5
-            rule[training.scores[name].argmax()] = True
-            assert (training.needed[name] == rule).all()
+            rule = training.decisions.scores[name] > 0.5
+            rule[training.decisions.scores[name].argmax()] = True
+            assert (training.decisions.needed[name] == rule).all()
 
     def test_the_first_group_keeps_what_it_needs_while_the_others_wait(self) -> None:
         training = recursive(FourGroups(), 0.3, window=1)
@@ -235,8 +236,8 @@ class TestBudget:
             gate.phase = Phase.WAITING
         with torch.no_grad():
             first.gate_logit.copy_(torch.tensor([2.0, 2.0, -2.0, 2.0, -2.0, 2.0]))
-        training._harden(first, training._choice())
-        assert training.needed["conv"].tolist() == [True, True, False, True, False, True]
+        training.decisions.harden(first, training.decisions.choice())
+        assert training.decisions.needed["conv"].tolist() == [True, True, False, True, False, True]
 
     @pytest.mark.parametrize("window", [1, None])
     @pytest.mark.parametrize("budget", [0.25, 0.6])
@@ -260,15 +261,15 @@ class TestBudget:
         training = recursive(dense, 0.25, window=1)
         for gate in training.gates:
             gate.harden(torch.ones(gate.size, dtype=torch.bool))
-        assert training.expected_cost() == pytest.approx(1)
+        assert training.decisions.expected_cost() == pytest.approx(1)
         for gate in training.gates:
             gate.harden(torch.arange(gate.size) < 4)
         macs = 36 * 9 * 4 + 2 * 36 * 9 * 16 + 16 * 3
-        assert training.expected_cost() == pytest.approx(macs / 44160)
+        assert training.decisions.expected_cost() == pytest.approx(macs / 44160)
 
 
 def plan_of(training: RecursiveTraining) -> PruningPlan:
-    return training.selection.plan(training.scores, training.needed)
+    return training.selection.plan(training.decisions.scores, training.decisions.needed)
 
 
 def share(analysis: Analysis, training: RecursiveTraining) -> float:
@@ -298,7 +299,7 @@ class TestTeacherAndErrors:
             return F.cross_entropy(output, target) * (float("nan") if len(calls) > 8 else 1)
 
         training = recursive(dense, task=Task(loss_fn), window=1, epochs=2)
-        with pytest.raises(DivergenceError, match="step 9, with group 'conv1'") as caught:
+        with pytest.raises(DivergenceError, match=r"step 7, with group .conv1.*again") as caught:
             training.run(BATCHES)
         assert caught.value.model is training.noisy
         assert [gate.phase for gate in training.gates] == [Phase.HARDENED, Phase.WAITING]

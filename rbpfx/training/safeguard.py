@@ -1,0 +1,239 @@
+"""The safeguard of a training: crashes, interruptions and numerical faults.
+
+The state of a training is saved at milestones and at intervals, in memory, and on disk where
+there are checkpoints. It is *good* once the next step has had a finite loss; only good states are
+written, and a numerical fault sets the training back to the last one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from torch import nn
+
+from rbpfx.checkpoints import Checkpoints, random_state, set_random_state
+from rbpfx.checkpoints.encoding import Encoded, decode, encode
+from rbpfx.errors import DivergenceError, InputError
+from rbpfx.training.engine import Losses, NumericalFault, Stepper
+from rbpfx.training.faults import bad_batch, locate
+from rbpfx.training.interruption import Interruption
+from rbpfx.training.loop import still_finite
+from rbpfx.training.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+EXPLOSION = 1000.0
+"""An exploded loss, in units of the first one, or of 1 if that is smaller (ours): a cross-entropy
+of 1000 nats takes weights that have left all bounds, while a network that loses everything to a
+budget has that of guessing."""
+
+SLOWER = 0.1
+"""What learning rates are multiplied by after a fault (ours)."""
+
+
+class _Saved(NamedTuple):
+    step: int
+    state: Encoded
+
+
+class Trained(Protocol):
+    """A training whose whole state, but for optimisers and batches, can be taken and returned to.
+
+    Attributes:
+        step: Steps done.
+    """
+
+    step: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state: nested numbers, strings and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Return to a state."""
+
+
+class Safeguard:
+    """Carries out the steps of a training so that nothing of it is lost.
+
+    Args:
+        training: What is trained.
+        model: Its network.
+        stepper: Carries out its steps.
+        stream: Its batches.
+        place: The stage of an error now, and where that is, in words that follow a step.
+        advice: What to do about a fault.
+        checkpoints: Where to save; None for nowhere.
+        interruption: Asks the training to stop.
+
+    Attributes:
+        stopped: Whether it was asked to stop, and has been saved.
+    """
+
+    def __init__(
+        self,
+        training: Trained,
+        model: nn.Module,
+        stepper: Stepper,
+        stream: Stream,
+        *,
+        place: Callable[[], tuple[str, str]],
+        advice: str,
+        checkpoints: Checkpoints | None = None,
+        interruption: Interruption | None = None,
+    ) -> None:
+        self.training = training
+        self.model = model
+        self.stepper = stepper
+        self.stream = stream
+        self.place = place
+        self.advice = advice
+        self.checkpoints = checkpoints
+        self.interruption = interruption or Interruption()
+        self.stopped = False
+        self._setbacks = 0
+        self._first_loss: float | None = None
+        self._pending: _Saved | None = None
+        self._group: list[Any] = []
+        self._resume()
+        self._good = self._taken()
+        self._saved = time.monotonic()
+        if training.step == 0:
+            self._write(self._good)
+
+    def step(self) -> Losses | None:
+        """Carry out one step.
+
+        Returns:
+            Its loss; None if there was none to speak of: the training is back at its last good
+            state, with lower learning rates, or was asked to stop.
+
+        Raises:
+            DivergenceError: A fault that a good state and lower learning rates do not help.
+            InputError: What the stream and the stepper raise.
+        """
+        try:
+            self._group = self.stream.take()
+        except InputError:
+            # A loader whose workers got the signal to stop as well.
+            if not self.interruption.requested:
+                self._write(self._taken())
+                raise
+            self._stop()
+            return None
+        try:
+            losses = self.stepper.step(self._group)
+            self._require_bounded(float(losses.data))
+        except NumericalFault as fault:
+            self._set_back(str(fault))
+            return None
+        if self._pending is not None:
+            self._good, self._pending = self._pending, None
+            self._write(self._good)
+        return losses
+
+    def passed(self, milestone: bool) -> None:
+        """Hear that all that belongs to a step is done.
+
+        A training that has finished with a network that has no finite loss is set back instead.
+
+        Args:
+            milestone: Whether to save the state in any case.
+
+        Raises:
+            DivergenceError: A fault that a good state and lower learning rates do not help.
+        """
+        finished = self.training.finished
+        if finished and not still_finite(self.model, self._group[-1], self.stepper.task):
+            self._set_back("the last step left a network whose loss is not a finite number")
+        elif finished:
+            self._write(self._taken())
+        elif self.interruption.requested:
+            self._stop()
+        elif milestone or self._is_due():
+            self._pending = self._taken()
+            self._saved = time.monotonic()
+
+    def _is_due(self) -> bool:
+        return (
+            self.checkpoints is not None
+            and time.monotonic() - self._saved >= self.checkpoints.interval
+        )
+
+    def _stop(self) -> None:
+        self.stopped = True
+        self._write(self._taken())
+
+    def _taken(self) -> _Saved:
+        """The state as it is now."""
+        state = {
+            "training": self.training.state_dict(),
+            "stepper": self.stepper.state_dict(),
+            "stream": self.stream.state_dict(),
+            "random": random_state(self.stream.loader, self.stream.device),
+            "setbacks": self._setbacks,
+            "first loss": self._first_loss,
+        }
+        return _Saved(self.training.step, encode(state))
+
+    def _resume(self) -> None:
+        """Go on from the last checkpoint, if there is one."""
+        if self.checkpoints is None:
+            return
+        state = self.checkpoints.latest()
+        if state is None:
+            return
+        self._return_to(state)
+        self._setbacks, self._first_loss = state["setbacks"], state["first loss"]
+        if not self.training.finished:
+            self.stream.load_state_dict(state["stream"])
+        set_random_state(state["random"], self.stream.loader, self.stream.device)
+        logger.info("resumed the %s at step %d", self.checkpoints.stage, self.training.step)
+
+    def _return_to(self, state: dict[str, Any]) -> None:
+        self.training.load_state_dict(state["training"])
+        self.stepper.load_state_dict(state["stepper"])
+
+    def _write(self, saved: _Saved) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.write(*saved)
+
+    def _require_bounded(self, loss: float) -> None:
+        if self._first_loss is None:
+            self._first_loss = loss
+        bound = EXPLOSION * max(1.0, abs(self._first_loss))
+        if loss > bound:
+            raise NumericalFault(f"the loss exploded: {loss:.3g} after {self._first_loss:.3g}")
+
+    def _set_back(self, reason: str) -> None:
+        """Return to the last good state and lower the learning rates; the second time, give up."""
+        step = self.training.step + 1
+        stage, place = self.place()
+        bad = bad_batch(self._group)
+        cause = bad or locate(self.model, self._group[-1], self.stepper.task)
+        self._return_to(decode(self._good.state))
+        self._pending = None
+        reason = f"{reason} at step {step}{place}" + (f": {cause}" if cause else "")
+        if bad is None and self._setbacks == 0:
+            back = f"back at step {self.training.step}, with {SLOWER:g} of the learning rates"
+            logger.warning("%s; %s", reason, back)
+            self._setbacks = 1
+            self.stepper.slow_down(SLOWER)
+            return
+        again = f", and again with {SLOWER:g} of the learning rates" if self._setbacks else ""
+        raise DivergenceError(
+            f"{reason}{again}. The network is back at its last good state (error.model). "
+            + ("Check what the loader yields." if bad else self.advice),
+            stage=stage,
+            step=step,
+            model=self.model,
+        )
+
+
+__all__ = ["Safeguard", "Trained"]
