@@ -23,6 +23,9 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from rbpfx.files import written_aside
+from rbpfx.latency.operators import cache_directory
+
 MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 # Those of ImageNet: the public ResNet-20 and ResNet-56 were trained with them.
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,11 +50,6 @@ class ImageData(NamedTuple):
     test_labels: Tensor
 
 
-def cache_dir() -> Path:
-    """The folder for downloads, decoded images and dense weights."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rbpfx"
-
-
 def add_data_argument(parser: argparse.ArgumentParser) -> None:
     """Adds `--data-dir`, which defaults to the environment variable `RBPFX_DATA`."""
     parser.add_argument(
@@ -69,7 +67,7 @@ def mnist(data_dir: str | Path | None = None) -> ImageData:
         data_dir: The folder that holds `MNIST/raw`. Downloaded to the cache if None.
     """
     train, test = (
-        torchvision.datasets.MNIST(data_dir or cache_dir(), train, download=data_dir is None)
+        torchvision.datasets.MNIST(data_dir or cache_directory(), train, download=data_dir is None)
         for train in (True, False)
     )
     return ImageData(
@@ -120,7 +118,7 @@ def _original_cifar10(data_dir: str | Path | None) -> dict[str, Tensor]:
     raw = {}
     for part in ("train", "test"):
         dataset = torchvision.datasets.CIFAR10(
-            data_dir or cache_dir(), part == "train", download=data_dir is None
+            data_dir or cache_directory(), part == "train", download=data_dir is None
         )
         raw[f"{part}_images"] = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)
         raw[f"{part}_labels"] = torch.tensor(dataset.targets)
@@ -130,13 +128,10 @@ def _original_cifar10(data_dir: str | Path | None) -> dict[str, Tensor]:
 def _decoded_once(archive: Path) -> dict[str, Tensor]:
     """The bytes of the images of a JPEG archive; decoding takes seconds, so they are cached."""
     # The size stands for the content: another archive does not meet this one's cache.
-    cached = cache_dir() / f"{archive.stem}-{archive.stat().st_size}.safetensors"
+    cached = cache_directory() / f"{archive.stem}-{archive.stat().st_size}.safetensors"
     if not cached.exists():
-        decoded = _decode(archive)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        aside = cached.with_suffix(f".{os.getpid()}.part")
-        save_file(decoded, aside)
-        aside.replace(cached)
+        with written_aside(cached) as aside:
+            save_file(_decode(archive), aside)
     return load_file(cached)
 
 

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 import rbpfx
 from rbpfx.circumstances import processor
+from rbpfx.files import written_aside
 
 
 def environment() -> dict[str, Any]:
@@ -96,11 +97,9 @@ class Record:
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Writes a file so that a reader meets the old text or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    aside.write_text(text)
-    aside.replace(path)
+    """Writes a text so that a reader meets the old file or the new, never a part of it."""
+    with written_aside(path) as aside:
+        aside.write_text(text)
 
 
 def _as_list(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
-from benchmarks._data import ImageData, TensorLoader, cache_dir, random_crop_flip
+from benchmarks._data import ImageData, TensorLoader, random_crop_flip
 from benchmarks._models import (
     VGG16BN,
     LeNet5Caffe,
@@ -26,6 +25,8 @@ from benchmarks._models import (
     resnet20,
     resnet56,
 )
+from rbpfx.files import written_aside
+from rbpfx.latency.operators import cache_directory
 
 EVALUATION_BATCH = 1000
 
@@ -179,7 +180,7 @@ def dense_lenet(
     if name not in LENETS:
         raise ValueError(f"no LeNet is named {name!r}; there are {', '.join(LENETS)}")
     network, own_recipe = LENETS[name]
-    path = Path(cache or cache_dir()) / f"{name}-seed{seed}.safetensors"
+    path = Path(cache or cache_directory()) / f"{name}-seed{seed}.safetensors"
     return _trained_once(network, seed, data, path, recipe or own_recipe, "cpu")
 
 
@@ -205,7 +206,9 @@ def dense_vgg16_bn(
         device: Where to train it.
     """
     name = f"vgg16_bn-{data.name}-seed{seed}.safetensors".replace(" ", "")
-    return _trained_once(VGG16BN, seed, data, Path(cache or cache_dir()) / name, recipe, device)
+    return _trained_once(
+        VGG16BN, seed, data, Path(cache or cache_directory()) / name, recipe, device
+    )
 
 
 def _trained_once(
@@ -235,10 +238,8 @@ def _trained_once(
         "seconds_per_epoch": f"{seconds:.1f}",
     }
     model.cpu()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.part")
-    save_file(model.state_dict(), aside, provenance | measured)
-    aside.replace(path)
+    with written_aside(path) as aside:
+        save_file(model.state_dict(), aside, provenance | measured)
     return model.eval()
 
 
@@ -263,7 +264,7 @@ def adapted_resnet(
         images: How many of the training images to use.
         device: Where to train; the result is on the CPU.
     """
-    path = cache_dir() / f"{name}-{data.name}-{images}.pt".replace(" ", "")
+    path = cache_directory() / f"{name}-{data.name}-{images}.pt".replace(" ", "")
     model = RESNETS[name](weights_dir)
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
@@ -272,8 +273,8 @@ def adapted_resnet(
         model.to(device)
         train_dense(model, training_loader(data, images, 0), ADAPTATION_EPOCHS, ADAPTATION_LR)
         model.cpu()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
+        with written_aside(path) as aside:
+            torch.save(model.state_dict(), aside)
     return model.eval()
 
 

@@ -5,6 +5,7 @@ from rbpfx.deployment.export import export
 from rbpfx.errors import (
     CaptureError,
     CheckpointError,
+    DistributedError,
     DivergenceError,
     ExportError,
     InputError,
@@ -56,6 +57,7 @@ from rbpfx.training.finetune import FineTune
 from rbpfx.training.recursion import Progress
 from rbpfx.training.schedule import Recursion
 from rbpfx.training.settings import Training
+from rbpfx.training.strategy import Distributed, Sharded, Strategy
 
 __version__ = "0.1.0"
 
@@ -72,6 +74,8 @@ __all__ = [
     "ChannelGroup",
     "CheckpointError",
     "Comparison",
+    "Distributed",
+    "DistributedError",
     "DivergenceError",
     "ExportError",
     "Figures",
@@ -101,6 +105,8 @@ __all__ = [
     "RuleError",
     "SaveError",
     "Selection",
+    "Sharded",
+    "Strategy",
     "Target",
     "TargetError",
     "Taylor",

@@ -12,17 +12,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rbpfx.bars import stages, steps
 from rbpfx.checkpoints import Checkpoints
 from rbpfx.checkpoints.encoding import encode
 from rbpfx.circumstances import environment, in_words
 from rbpfx.errors import DivergenceError, InputError, TargetError
 from rbpfx.graph.capture import ExampleInputs
 from rbpfx.graph.cost import count_macs, count_parameters
+from rbpfx.graph.examples import first_examples
 from rbpfx.graph.gates import apply_mask
 from rbpfx.graph.groups import Analysis
 from rbpfx.graph.slicing import rewrite
 from rbpfx.graph.verification import require_equal
-from rbpfx.latency import first_examples, measure_latency
+from rbpfx.latency import measure_latency
 from rbpfx.methods import Method
 from rbpfx.plan import PruningPlan
 from rbpfx.progress import Bar, patient
@@ -30,6 +32,7 @@ from rbpfx.report import Figures, Report
 from rbpfx.result import PruningResult
 from rbpfx.saving.origin import Origin
 from rbpfx.selection import LatencyMeter, Selection, Units, Values
+from rbpfx.surroundings import usual_modes
 from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune, finetune
 from rbpfx.training.interruption import Interruption
@@ -141,6 +144,7 @@ class Emission:
             )
         return selection
 
+    @usual_modes()
     def emit(
         self,
         selection: Selection,
@@ -172,22 +176,27 @@ class Emission:
         started = time.perf_counter() if started is None else started
         chosen = [g.name for g in selection.groups]
         plan = self._plan(selection, checkpoints("cut"))
-        folded = rewrite(self.gm, self.analysis, PruningPlan(), multipliers=self.multipliers)
-        pruned = rewrite(folded, self.analysis, plan)
-        masked = apply_mask(folded, self.analysis, plan)
-        examples = first_examples(self.inputs, VERIFIED_EXAMPLES)
-        error = require_equal(masked, pruned, examples, inexact=self.analysis.inexact(plan))
+        with stages("pruned network", 2, visible=self.progress) as begin:
+            begin("slicing")
+            folded = rewrite(self.gm, self.analysis, PruningPlan(), multipliers=self.multipliers)
+            pruned = rewrite(folded, self.analysis, plan)
+            begin("verification")
+            masked = apply_mask(folded, self.analysis, plan)
+            examples = first_examples(self.inputs, VERIFIED_EXAMPLES)
+            error = require_equal(masked, pruned, examples, inexact=self.analysis.inexact(plan))
         logger.info("sliced differs from masked by %.1e (relative, float64)", error)
         del folded, masked
         recovery, curves = recovery or self.recovery, Curves()
+        strategy = self.training.spread
         kept = {name: units.astype(float) for name, units in selection.kept(plan).items()}
         cost, open_units = selection.expected(kept), int(sum(u.sum() for u in kept.values()))
         with self.seeded():
             batches = patient(self.loader, "BatchNorm statistics", self.progress)
-            refresh_batchnorm(pruned, batches, self.task)
+            refresh_batchnorm(pruned, batches, self.task, mean=strategy.mean)
             after_cut = self.evaluate(pruned)
             teacher = self.original.eval() if self.distill else None
-            with Bar("fine-tuning", self.progress, lambda: self.evaluate(pruned), curves) as bar:
+            watched = (lambda: self.evaluate(pruned)) if strategy.processes == 1 else None
+            with Bar("fine-tuning", self.progress, watched, curves) as bar:
 
                 def hear(step: int, steps: int, loss: float) -> None:
                     bar.steps(step, steps, loss)
@@ -210,10 +219,11 @@ class Emission:
                 except DivergenceError as fault:
                     failure, interrupted = fault, f"by a fault: {fault}"
         networks = [self.original, pruned]
-        latency = {
-            size: measure_latency(networks, first_examples(self.inputs, size))
-            for size in sorted({1, self.batch})
-        }
+        sizes = sorted({1, self.batch})
+        shown = steps(sizes, "latency", visible=self.progress, unit="batch size")
+        latency = strategy.first(
+            lambda: {n: measure_latency(networks, first_examples(self.inputs, n)) for n in shown}
+        )
         dense_figures, figures = (
             Figures(
                 parameters=count_parameters(network),
@@ -266,15 +276,16 @@ class Emission:
 
     def _plan(self, selection: Selection, checkpoints: Checkpoints | None) -> PruningPlan:
         """Which units stay, as decided now or, since latencies vary, before an interruption."""
-        if checkpoints is not None:
-            saved = checkpoints.latest()
-            if saved is not None:
-                return PruningPlan(saved)
+        strategy = self.training.spread
+        saved = None if checkpoints is None else checkpoints.latest()
+        if saved is not None:
+            return PruningPlan(saved)
         chosen = [g.name for g in selection.groups]
         plan = selection.plan(
             {name: self.scores[name] for name in chosen},
             {name: self.needed[name] for name in chosen},
         )
+        strategy.require_same("the plan", plan.kept)
         if checkpoints is not None:
             checkpoints.write(0, encode(dict(plan.kept)))
         return plan

@@ -63,6 +63,10 @@ class CheckpointError(RbpfxError):
     """A checkpoint cannot be written, or belongs to another call of `prune`."""
 
 
+class DistributedError(RbpfxError):
+    """The processes of a training do not work together: one has ended, or they differ."""
+
+
 class DivergenceError(RbpfxError):
     """The loss stopped being a finite number during training, or grew beyond all bounds.
 

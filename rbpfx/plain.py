@@ -53,7 +53,10 @@ def from_plain(hint: Any, plain: Any, place: str = "value") -> Any:
         if len(hints) == len(plain):
             return tuple(from_plain(h, p, place) for h, p in zip(hints, plain, strict=True))
     if kind is float and (plain is None or type(plain) in (int, float)):
-        return nan if plain is None else float(plain)
+        try:
+            return nan if plain is None else float(plain)
+        except OverflowError:
+            pass
     if kind in (int, str, bool) and type(plain) is kind:
         return plain
     raise LoadError(f"{place} is {short(plain)}, and should be {hint}")

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rbpfx.errors import PlanError
+from rbpfx.parsing import parse_json, quoted
+
+_FORM = 'a plan is written like {"kept": {"conv1": [0, 2, 5]}}'
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,15 @@ class PruningPlan:
                 units = tuple(sorted(operator.index(i) for i in indices))
             except TypeError as error:
                 raise PlanError(
-                    f"the plan for group {name!r} must list whole numbers: {error}"
+                    f"the plan for group {quoted(name)} must list whole numbers: {error}"
                 ) from error
             if not units:
-                raise PlanError(f"the plan removes every unit of group {name!r}; keep at least one")
+                raise PlanError(
+                    f"the plan removes every unit of group {quoted(name)}; keep at least one"
+                )
             if units[0] < 0 or len(set(units)) < len(units):
                 raise PlanError(
-                    f"the plan for group {name!r} must list each unit once, from 0 upwards"
+                    f"the plan for group {quoted(name)} must list each unit once, from 0 upwards"
                 )
             kept[str(name)] = units
         object.__setattr__(self, "kept", kept)
@@ -55,14 +60,23 @@ class PruningPlan:
         return json.dumps(self.to_dict())
 
     @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
-        """Read a plan back.
+    def from_json(cls, text: str | bytes) -> PruningPlan:
+        """Read a plan back; it may come from strangers.
 
         Raises:
-            PlanError: The text is no plan.
+            PlanError: The text is no plan, or larger than 16 MiB.
         """
         try:
-            kept = json.loads(text)["kept"]
-            return cls({name: list(units) for name, units in kept.items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"this is not a pruning plan: {error!r}") from error
+            content = parse_json(text)
+        except ValueError as error:
+            raise PlanError(f"this is not a pruning plan: {error}; {_FORM}") from error
+        kept = content.get("kept") if isinstance(content, dict) else None
+        if not isinstance(kept, dict):
+            raise PlanError(f"this is not a pruning plan: it has no object 'kept'; {_FORM}")
+        for name, units in kept.items():
+            if not (isinstance(units, list) and all(type(unit) is int for unit in units)):
+                raise PlanError(
+                    f"the plan for group {quoted(name)} must list whole numbers, not "
+                    f"{quoted(units)}; {_FORM}"
+                )
+        return cls(kept)

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 from rbpfx.errors import CaptureError, InputError, NothingToPruneError, RbpfxError
 from rbpfx.graph.capture import ExampleInputs, call_with, evaluating
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.examples import count_examples
 from rbpfx.graph.groups import Analysis
 from rbpfx.graph.verification import difference
-from rbpfx.training.task import Loader, Task, batch_size
+from rbpfx.training.task import Loader, Task
 
 CAPTURE_TOLERANCE = 1e-4
 """Largest relative difference between a model and its graph (ours)."""
@@ -86,7 +87,7 @@ def example_inputs(model: nn.Module, loader: Loader, task: Task) -> tuple[Exampl
             f"the loss of the model is {float(loss)} before anything was pruned; check its "
             "parameters and the loader's first batch for NaN"
         )
-    return inputs, batch_size(batch)
+    return inputs, count_examples(batch)
 
 
 def check_capture(model: nn.Module, gm: nn.Module, inputs: ExampleInputs) -> None:

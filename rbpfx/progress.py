@@ -7,16 +7,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from rbpfx.bars import PATIENCE
 from rbpfx.training.record import Curves
 from rbpfx.training.recursion import Progress
 from rbpfx.training.task import Loader
 
 EVALUATIONS = 4
 """How often the accuracy shown is measured anew in one training phase."""
-
-
-PATIENCE = 2.0
-"""Seconds after which a pass over a loader shows a bar (ours)."""
 
 
 def patient(loader: Loader, title: str, visible: bool) -> Loader:
@@ -39,7 +36,8 @@ class Bar:
     Args:
         title: What is going on.
         visible: Whether to show anything; if not, nothing is evaluated either.
-        evaluate: Accuracy of the network in training, or None if it is not known.
+        evaluate: Accuracy of the network in training, or None if it is not known; None to show
+            none.
         curves: Where accuracies, and the losses of training without noise, are written down.
     """
 
@@ -47,7 +45,7 @@ class Bar:
         self,
         title: str,
         visible: bool,
-        evaluate: Callable[[], float | None] = lambda: None,
+        evaluate: Callable[[], float | None] | None = None,
         curves: Curves | None = None,
     ) -> None:
         self.bar = tqdm(desc=title, disable=not visible, dynamic_ncols=True, unit="step")
@@ -82,7 +80,7 @@ class Bar:
     def _show(self, step: int, steps: int, **shown: Any) -> None:
         if not self.visible:
             return
-        if step * EVALUATIONS >= (self.evaluations + 1) * steps:
+        if self.evaluate is not None and step * EVALUATIONS >= (self.evaluations + 1) * steps:
             self.evaluations += 1
             self.accuracy = self.evaluate()
             if self.accuracy is not None:

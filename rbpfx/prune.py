@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 
 import torch
 from torch import nn
 
+from rbpfx.bars import stages
 from rbpfx.checkpoints import Checkpoints, Store, fingerprint
 from rbpfx.circumstances import in_words
 from rbpfx.emission import Emission
@@ -23,8 +25,8 @@ from rbpfx.errors import (
 from rbpfx.graph.capture import LeafModule, evaluating, trace
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.device import device_of
+from rbpfx.graph.examples import first_examples
 from rbpfx.graph.groups import analyze
-from rbpfx.latency import first_examples
 from rbpfx.latency.meter import PlanMeter
 from rbpfx.methods import Method, find_method, insert_noise
 from rbpfx.preparation import (
@@ -38,12 +40,14 @@ from rbpfx.progress import Bar, patient
 from rbpfx.result import PruningResult
 from rbpfx.saving.origin import Origin
 from rbpfx.selection import Selection
+from rbpfx.surroundings import generators_kept, seeded, usual_modes
 from rbpfx.target import AUTO, Target
 from rbpfx.training.finetune import FineTune
 from rbpfx.training.interruption import Interruption, interruptible
 from rbpfx.training.recursion import Progress, RecursiveTraining
 from rbpfx.training.schedule import Recursion
 from rbpfx.training.settings import Training
+from rbpfx.training.strategy import Strategy
 from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,7 @@ logger = logging.getLogger(__name__)
 Metric = Callable[[nn.Module, Loader], float]
 
 
+@usual_modes()
 def prune(
     model: nn.Module,
     loader: Loader,
@@ -132,6 +137,7 @@ def prune(
         >>> print(result.report)  # doctest: +SKIP
     """
     started = time.perf_counter()
+    gc.collect()  # networks of earlier calls: graphs refer to themselves
     method = find_method(method)
     if not method.decides and (target is None or not (target.cost or target.widths)):
         raise TargetError(
@@ -144,10 +150,12 @@ def prune(
     if distill and forward is not None:
         raise InputError("distill=True needs class scores; it does not go with forward=...")
     training = training or Training()
+    strategy = training.spread
+    progress = progress and strategy.rank == 0
     if distill and training.train_step is not None:
         raise InputError("distill=True does not go with a train_step of your own; distil in it")
     require_repeatable(loader, val_loader)
-    evaluate = _evaluation(task, metric, val_loader, progress)
+    evaluate = _evaluation(task, metric, val_loader, progress, strategy)
 
     settings = recursion or method.recursion()
     trains = method.trains or recursion is not None
@@ -162,28 +170,41 @@ def prune(
         **options,
     }
 
-    def seeded() -> AbstractContextManager[None]:
-        return _seeded(seed, device)
+    def draws() -> AbstractContextManager[None]:
+        return seeded(seed, device)
 
-    identity = {"method": in_words(method), **words}
+    identity = {"method": in_words(method), "processes": str(strategy.processes), **words}
+    if checkpoint_dir is not None:
+        identity["model"] = fingerprint(model)
     with (
-        _saved(checkpoint_dir, checkpoint_interval, model, identity) as (checkpoints, interruption),
-        seeded(),
+        _saved(checkpoint_dir, checkpoint_interval, strategy, identity) as (
+            checkpoints,
+            interruption,
+        ),
+        draws(),
     ):
-        dense = trainable_copy(model).to(device)
-        inputs, batch = example_inputs(dense, loader, task)
-        # A copy: the graph takes the trained weights, while `dense` stays the baseline.
-        gm = trace(copy_model(dense, {}), inputs, leaf_modules=leaf_modules)
-        check_capture(dense, gm, inputs)
-        analysis = analyze(gm, unit=unit, attention=attention, normalization=normalization)
-        require_groups(analysis)
+        with stages(type(model).__name__, 4, visible=progress) as begin:
+            begin("first batch")
+            dense = trainable_copy(model).to(device)
+            strategy.synchronize(dense)
+            inputs, batch = example_inputs(dense, loader, task)
+            begin("capture")
+            # A copy: the graph takes the trained weights, while `dense` stays the baseline.
+            gm = trace(copy_model(dense, {}), inputs, leaf_modules=leaf_modules)
+            begin("check")
+            check_capture(dense, gm, inputs)
+            begin("analysis")
+            analysis = analyze(gm, unit=unit, attention=attention, normalization=normalization)
+            require_groups(analysis)
         logger.info("captured %s: %r", type(model).__name__, analysis)
 
         def meter(target: Target | None) -> PlanMeter | None:
             if target is None or (target.cost != "latency" and target.round_to != AUTO):
                 return None
             examples = first_examples(inputs, target.batch_size or batch)
-            return PlanMeter(gm, analysis, examples, progress, target.deployed)
+            return PlanMeter(
+                gm, analysis, examples, progress, target.deployed, first=strategy.first
+            )
 
         selection = Selection(analysis, target, meter(target))
         accuracy = evaluate(dense)
@@ -193,7 +214,8 @@ def prune(
         gates = RecursiveTraining(noisy, selection, method, task, settings, teacher, training)
         interrupted, failure = "", None
         if trains:
-            with Bar("noise", progress, lambda: evaluate(noisy), gates.curves) as bar:
+            watched = (lambda: evaluate(noisy)) if strategy.processes == 1 else None
+            with Bar("noise", progress, watched, gates.curves) as bar:
                 listeners = [*([bar.noise] if progress else []), *([callback] if callback else [])]
                 tell = _all_of(listeners) if listeners else None
                 try:
@@ -232,7 +254,7 @@ def prune(
             progress=progress,
             metric="accuracy" if metric is None else getattr(metric, "__name__", "metric"),
             device=_describe(device),
-            seeded=seeded,
+            seeded=draws,
         )
         return emission.emit(
             selection,
@@ -256,7 +278,7 @@ def _nowhere(stage: str) -> None:
 def _saved(
     directory: str | os.PathLike[str] | None,
     interval: float,
-    model: nn.Module,
+    strategy: Strategy,
     identity: dict[str, str],
 ) -> Iterator[tuple[Where, Interruption]]:
     """Where the stages are saved, and whether to stop; nowhere and never without a directory."""
@@ -265,9 +287,17 @@ def _saved(
         return
     if not interval >= 0:
         raise InputError(f"checkpoint_interval={interval} must be a number of seconds, from 0")
-    store = Store(directory, {"model": fingerprint(model), **identity})
-    with closing(store), interruptible() as interruption:
-        yield lambda stage: Checkpoints(store, stage, interval), interruption
+    with ExitStack() as stack:
+
+        def opened() -> None:
+            store = stack.enter_context(closing(Store(directory, identity)))
+            stores.append(store)
+
+        stores: list[Store] = []
+        strategy.first(opened)
+        interruption = stack.enter_context(interruptible())
+        store = stores[0] if stores else None  # the first process reads and writes for all
+        yield lambda stage: Checkpoints(store, stage, interval, strategy), interruption
 
 
 def _all_of(listeners: list[Callable[[Progress], None]]) -> Callable[[Progress], None]:
@@ -278,18 +308,6 @@ def _all_of(listeners: list[Callable[[Progress], None]]) -> Callable[[Progress],
             listener(progress)
 
     return tell
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed all draws inside; the generators outside go on as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        # Not torch.manual_seed, which seeds the generators of all other devices as well.
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def _describe(device: torch.device) -> str:
@@ -305,9 +323,16 @@ def _take_weights(gm: nn.Module, noisy: nn.Module) -> None:
 
 
 def _evaluation(
-    task: Task, metric: Metric | None, val_loader: Loader | None, progress: bool
+    task: Task,
+    metric: Metric | None,
+    val_loader: Loader | None,
+    progress: bool,
+    strategy: Strategy,
 ) -> Callable[[nn.Module], float | None]:
-    """What is reported of a network; it draws no random numbers that training would miss."""
+    """What is reported of a network, the mean over all processes.
+
+    It draws no random numbers that training would miss.
+    """
     if val_loader is None:
         if metric is not None:
             raise InputError("metric=... is computed on val_loader=...; give both")
@@ -322,8 +347,9 @@ def _evaluation(
             return task.accuracy(network, patient(batches, "accuracy", progress))
 
     def evaluate(network: nn.Module) -> float:
-        with torch.random.fork_rng(devices=[]), evaluating(network), torch.no_grad():
-            return float(metric(network, val_loader))
+        with generators_kept(task.device), evaluating(network), torch.no_grad():
+            value = float(metric(network, val_loader))
+            return float(strategy.mean(torch.tensor(value, dtype=torch.float64, device="cpu")))
 
     return evaluate
 

@@ -12,11 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from rbpfx.errors import InputError
 from rbpfx.graph.slicing import kept_indices
+from rbpfx.surroundings import usual_modes
 
 if TYPE_CHECKING:
     from rbpfx.result import PruningResult
 
 
+@usual_modes()
 def rebind(optimizer: Optimizer, result: PruningResult) -> Optimizer:
     """Let an optimiser train the pruned network in place of the one it was training.
 

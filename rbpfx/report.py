@@ -12,7 +12,7 @@ from tabulate import tabulate
 from rbpfx.errors import InputError, LoadError
 from rbpfx.files import written_aside
 from rbpfx.plain import from_plain, to_plain
-from rbpfx.saving.schema import PLAN, SavedPlan
+from rbpfx.saving.files import read_plan
 from rbpfx.selection import Reached
 from rbpfx.target import COSTS
 from rbpfx.training.record import BINS, GateHistograms, Series
@@ -108,11 +108,7 @@ class Report:
         Raises:
             LoadError: The directory holds no plan.json, or a damaged one.
         """
-        try:
-            text = (Path(directory) / PLAN).read_bytes()
-        except OSError as error:
-            raise LoadError(f"{PLAN} cannot be read: {error}") from error
-        return cls.from_dict(dict(SavedPlan.from_json(text).report))
+        return cls.from_dict(dict(read_plan(Path(directory)).report))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one file: a page that needs nothing beside it, or a picture.
@@ -207,7 +203,7 @@ class Report:
         if all(before == after for before, after in self.widths.values()):
             lines.append(
                 "nothing was removed: no unit was redundant by the method's own rule. Train longer "
-                "(Recursion(epochs=...)), harder (strength=...), or give a target"
+                "(more epochs), harder (a larger strength), or give a target"
                 if self.target is None
                 else "nothing was removed: the target allows the whole network"
             )
@@ -231,7 +227,8 @@ def _require_consistent(report: Report) -> None:
     """
     moments = len(report.gates.steps)
     sound = {
-        "widths": all(0 <= after <= before > 0 for before, after in report.widths.values()),
+        "widths": bool(report.widths)
+        and all(0 <= after <= before > 0 for before, after in report.widths.values()),
         "latency": report.dense.latency.keys() == report.pruned.latency.keys(),
         "target": report.target is None or report.target.cost in COSTS,
         "curves": all(points for series in report.curves.values() for points in series.values()),
@@ -246,7 +243,11 @@ def _require_consistent(report: Report) -> None:
 
 
 def _times(before: float, after: float) -> str:
-    return f"{before / after:.2f}x less" if after else ""
+    """How many times less it became, or more."""
+    if not before or not after:
+        return ""
+    times, word = (before / after, "less") if after < before else (after / before, "more")
+    return "none" if f"{times:.2f}" == "1.00" else f"{times:.2f}x {word}"
 
 
 def _milliseconds(seconds: float) -> str:

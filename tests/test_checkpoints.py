@@ -306,6 +306,7 @@ class TestRefusal:
         recovery = FineTune(1, optimizer=lambda weights: Odd(weights, 0.1))
         with pytest.raises(CheckpointError, match=r"the object at state.*\['odd'\]"):
             prune(dense, tmp_path, recovery=recovery)
+        assert not prune(dense, None, recovery=recovery).report.interrupted
 
 
 class TestCtrlC:

@@ -41,7 +41,7 @@ def test_the_text_is_a_table() -> None:
 -----------------  ----------  ----------  ------------
 parameters          2,000,000   1,000,000    2.00x less
 MACs per example   40,000,000  10,000,000    4.00x less
-latency, batch 1      4.00 ms     4.00 ms    1.00x less
+latency, batch 1      4.00 ms     4.00 ms          none
 latency, batch 64   100.00 ms    40.00 ms    2.50x less
 accuracy               91.00%      90.50%  -0.50 points
 

@@ -7,6 +7,7 @@ object of one entry that says what it is: `{"tensor": "3"}` is the tensor of tha
 from __future__ import annotations
 
 import base64
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,12 +30,14 @@ class Encoded(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def encode(state: Any) -> Encoded:
+def encode(state: Any, writable: bool = True) -> Encoded:
     """A nested state as JSON and tensors, which are copies.
 
     Args:
         state: Numbers, strings, bytes, None, tensors, arrays, and lists, tuples and mappings of
             these.
+        writable: Whether the state will be written; if not, it may hold anything that can be
+            copied.
 
     Raises:
         CheckpointError: It holds something else; says where.
@@ -63,6 +66,8 @@ def encode(state: Any) -> Encoded:
         if isinstance(value, Mapping):
             pairs = value.items()
             return {"dict": [[encoded(k, place), encoded(v, f"{place}[{k!r}]")] for k, v in pairs]}
+        if not writable:
+            return {"object": copy.deepcopy(value)}
         raise CheckpointError(
             f"a checkpoint cannot hold the {type(value).__name__} at state{place}: it holds "
             "numbers, strings, tensors, arrays, and lists, tuples and dicts of them"
@@ -89,6 +94,8 @@ def decode(state: Encoded) -> Any:
                 return state.tensors[content].clone()
             case "array":
                 return state.tensors[content].clone().numpy()
+            case "object":
+                return copy.deepcopy(content)
             case "bytes":
                 return base64.b64decode(content, validate=True)
             case "tuple":

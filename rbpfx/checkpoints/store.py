@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from rbpfx.checkpoints.encoding import Encoded, decode
 from rbpfx.errors import CheckpointError
 from rbpfx.files import flush, sha256
+from rbpfx.training.strategy import Strategy
 
 try:
     import fcntl
@@ -152,14 +153,16 @@ class Checkpoints(NamedTuple):
     """The checkpoints of one stage.
 
     Attributes:
-        store: The directory.
+        store: The directory, in the first process; None in the others.
         stage: One of `STAGES`.
         interval: Seconds between two of them, milestones aside.
+        strategy: The processes of the training, which write and read at the same time.
     """
 
-    store: Store
+    store: Store | None
     stage: str
     interval: float
+    strategy: Strategy
 
     def write(self, step: int, state: Encoded) -> None:
         """Write a checkpoint; if that fails, training goes on, as there are older ones.
@@ -167,12 +170,17 @@ class Checkpoints(NamedTuple):
         Raises:
             CheckpointError: It is the first one in the directory. Better now than after hours.
         """
-        try:
-            self.store.write(self.stage, step, state)
-        except CheckpointError as error:
-            if self.store.empty:
-                raise
-            logger.warning("%s; training goes on", error)
+
+        def work() -> None:
+            assert self.store is not None
+            try:
+                self.store.write(self.stage, step, state)
+            except CheckpointError as error:
+                if self.store.empty:
+                    raise
+                logger.warning("%s; training goes on", error)
+
+        self.strategy.first(work)
 
     def latest(self) -> Any:
         """The last state that is not damaged; None if there is none.
@@ -180,7 +188,12 @@ class Checkpoints(NamedTuple):
         Raises:
             CheckpointError: It belongs to something else.
         """
-        return self.store.latest(self.stage)
+
+        def work() -> Any:
+            assert self.store is not None
+            return self.store.latest(self.stage)
+
+        return self.strategy.first(work)
 
 
 def _read(path: Path) -> tuple[dict[str, str], Any]:

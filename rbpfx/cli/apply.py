@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,12 +28,13 @@ from rbpfx.graph.groups import Analysis, analyze
 from rbpfx.graph.slicing import rewrite
 from rbpfx.graph.verification import require_equal
 from rbpfx.latency import first_examples, measure_latency
+from rbpfx.parsing import MAX_PLAN_BYTES, parse_json
 from rbpfx.plan import PruningPlan
 from rbpfx.report import Figures, Report
 from rbpfx.result import PruningResult
 from rbpfx.saving.examples import build_inputs, describe_inputs, require_savable
 from rbpfx.saving.origin import Origin
-from rbpfx.saving.schema import MAX_PLAN_BYTES, SavedPlan
+from rbpfx.saving.schema import SavedPlan
 
 HELP = f"""Cut MODEL as PLAN says, verify it, and save it.
 
@@ -145,9 +145,11 @@ def _read(path: Path) -> tuple[PruningPlan, Origin | None]:
         LoadError: It is that of a saved network, and damaged.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        if not path.is_file():
+            raise OSError("it is no file")
+        with path.open("rb") as file:
             text = file.read(MAX_PLAN_BYTES + 1)
-        is_saved = "format" in json.loads(text)
+        is_saved = "format" in parse_json(text)
     except (OSError, ValueError, TypeError) as error:
         raise PlanError(f"{str(path)!r} is no pruning plan: {error}") from error
     if not is_saved:

@@ -67,18 +67,22 @@ def bench(
     device: torch.device,
 ) -> Answer:
     """Measure."""
-    saved = Saved.open(directory, model, device)
-    dense, inputs = saved.dense(), saved.example_inputs()
     found: list[tuple[int, str, Comparison]] = []
-    for size in console.steps(batch_sizes, "measuring", unit="batch size"):
-        batch = resize_batch(inputs, size)
-        networks: list[nn.Module] = [saved.original, saved.network]
-        networks += [deploy(network, batch) for network in (dense, saved.network)]
-        times = measure_latency(networks, batch, seconds=2 * seconds, threads=threads)
-        found += [
-            (size, form, Comparison(*pair))
-            for form, pair in zip(FORMS, (times[:2], times[2:]), strict=True)
-        ]
+    with console.stages(str(directory), 1 + 2 * len(batch_sizes)) as begin:
+        begin("opening")
+        saved = Saved.open(directory, model, device)
+        dense, inputs = saved.dense(), saved.example_inputs()
+        for size in batch_sizes:
+            begin(f"deploying for batches of {size}")
+            batch = resize_batch(inputs, size)
+            networks: list[nn.Module] = [saved.original, saved.network]
+            networks += [deploy(network, batch) for network in (dense, saved.network)]
+            begin(f"measuring batches of {size}")
+            times = measure_latency(networks, batch, seconds=2 * seconds, threads=threads)
+            found += [
+                (size, form, Comparison(*pair))
+                for form, pair in zip(FORMS, (times[:2], times[2:]), strict=True)
+            ]
     rows = [
         (
             size,

@@ -11,23 +11,20 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
-from threading import Timer
 from typing import Any, TypeVar
 
 import click
 import torch
 from tqdm.auto import tqdm
 
+from rbpfx import bars
 from rbpfx.errors import RbpfxError
 
 FAILED, INTERRUPTED = 1, 130
 """Exit codes of a command that failed and of one that was interrupted; wrong usage is 2."""
-
-PATIENCE = 2.0
-"""Seconds after which a bar appears."""
 
 T = TypeVar("T")
 
@@ -63,36 +60,16 @@ class Console:
             title: What is going on.
             **options: Those of tqdm.
         """
-        with self._bar(items, desc=title, **options) as bar:
-            yield from bar
+        return bars.steps(items, title, visible=not self.quiet, **options)
 
-    @contextmanager
-    def stages(self, title: str, count: int) -> Iterator[Callable[[str], None]]:
+    def stages(self, title: str, count: int) -> AbstractContextManager[Callable[[str], None]]:
         """A bar for a task in stages; call what this yields with the name of each as it begins.
 
         Args:
             title: What is going on.
             count: How many stages there are.
         """
-        with self._bar(total=count, desc=title, bar_format="{desc} ({n}/{total})") as bar:
-
-            def begin(stage: str) -> None:
-                bar.set_description_str(f"{title}: {stage}", refresh=False)
-                bar.update()
-
-            yield begin
-
-    @contextmanager
-    def _bar(self, items: Any = None, **options: Any) -> Iterator[Any]:
-        bar = tqdm(items, disable=self.quiet, leave=False, delay=PATIENCE, **options)
-        timer = Timer(PATIENCE, bar.refresh)  # a first item that takes long must not hide the bar
-        timer.daemon = True
-        try:
-            timer.start()
-            with bar:
-                yield bar
-        finally:
-            timer.cancel()
+        return bars.stages(title, count, visible=not self.quiet)
 
 
 _COMMON = (
@@ -119,12 +96,17 @@ def reporting(function: Callable[..., Answer]) -> Callable[..., None]:
         except KeyboardInterrupt as error:
             tqdm.write("interrupted", file=sys.stderr)
             raise click.exceptions.Exit(INTERRUPTED) from error
-        click.echo(json.dumps(answer.data, indent=2) if as_json else answer.text)
+        click.echo(json.dumps(answer.data, indent=2) if as_json else _printable(answer.text))
 
     command: Callable[..., None] = run
     for option in reversed(_COMMON):
         command = option(command)
     return command
+
+
+def _printable(text: str) -> str:
+    """The text with its control characters written out: parts of it may come from strangers."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _one_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from rbpfx.cli.augment import AUGMENTATIONS, Augmented
 from rbpfx.cli.console import Console
 from rbpfx.cli.imports import call, find_object
 from rbpfx.cli.models import Preset
@@ -41,6 +42,7 @@ class DataOptions:
         image_size: Side of the images in pixels; None for that of the model's preset.
         val_share: Share of the examples that is held out where the data have no such part.
         seed: Seed of that choice.
+        augment: How training images are changed: a name in `AUGMENTATIONS`.
     """
 
     batch_size: int = 64
@@ -48,6 +50,7 @@ class DataOptions:
     image_size: int | None = None
     val_share: float = 0.1
     seed: int = 0
+    augment: str = next(iter(AUGMENTATIONS))
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,11 @@ def open_data(text: str, options: DataOptions, preset: Preset | None, console: C
         InputError: There are no such data.
     """
     kind, _, rest = text.partition(":")
+    if AUGMENTATIONS[options.augment] and kind not in ("imagefolder", "torchvision"):
+        raise InputError(
+            f"--augment {options.augment} goes with imagefolder: and torchvision: data; a loader "
+            "of yours can change its batches itself"
+        )
     if text == "digits":
         train, val = digits_loaders(options.batch_size, options.seed)
         data = Data(train, val, classes=10)
@@ -118,8 +126,10 @@ def open_data(text: str, options: DataOptions, preset: Preset | None, console: C
         data = _own(text)
     else:
         raise InputError(
-            f"{text!r} names no data; write imagefolder:DIR, torchvision:CIFAR10?root=DIR, digits "
-            "or module.path:loader"
+            f"{text!r} is a folder; write imagefolder:{text}"
+            if Path(text).is_dir()
+            else f"{text!r} names no data; write imagefolder:DIR, torchvision:CIFAR10?root=DIR, "
+            "digits or module.path:loader"
         )
     val_loader = None if data.val is None else Batches(data.val, console, "validation")
     return Data(Batches(data.train, console), val_loader, data.classes)
@@ -294,7 +304,9 @@ def _loaders(train: Any, val: Any, options: DataOptions) -> Data:
 
     if not len(train):
         raise InputError("there are no training examples; lower --val-share")
-    return Data(loader(train, True), None if val is None else loader(val, False), _classes(train))
+    augmented = Augmented(train, options.augment)
+    val_loader = None if val is None else loader(val, False)
+    return Data(loader(augmented, True), val_loader, _classes(train))
 
 
 def _classes(dataset: Any) -> int | None:

@@ -22,7 +22,7 @@ Examples:
 @click.command(help=HELP, short_help="See it all in three minutes, on embedded data.")
 @click.option(
     "--macs",
-    type=float,
+    type=click.FloatRange(0, min_open=True),
     help="Share of the multiply-accumulates to keep; by default the data decide.",
 )
 @options.seed

@@ -54,12 +54,14 @@ def export(
         raise click.UsageError("name at least one format: --onnx, --pt2 or --aoti")
     place = out or directory
     options.require_free(place, force, names)
-    saved = Saved.open(directory, model, torch.device("cpu"))
-    inputs = saved.example_inputs()
-    errors = {
-        str(place / name): write_export(saved.network, inputs, place / name)
-        for name in console.steps(names, "exporting", unit="file")
-    }
+    errors = {}
+    with console.stages(str(directory), 1 + len(names)) as begin:
+        begin("opening")
+        saved = Saved.open(directory, model, torch.device("cpu"))
+        inputs = saved.example_inputs()
+        for name in names:
+            begin(f"writing {name}")
+            errors[str(place / name)] = write_export(saved.network, inputs, place / name)
     lines = [f"{file}: equals the network to {error:.1e}" for file, error in errors.items()]
     files = [{"file": file, "error": error} for file, error in errors.items()]
     return Answer("\n".join(lines), {"files": files})

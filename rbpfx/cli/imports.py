@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -36,7 +37,8 @@ def find_object(text: str) -> Any:
     try:
         return reduce(getattr, path.split("."), owner)
     except AttributeError as error:
-        raise LoadError(f"{text!r}: {error}") from error
+        hint = did_you_mean(str(error.name), dir(error.obj))
+        raise LoadError(f"{text!r}: {error}{hint}") from error
 
 
 def call(text: str, function: Callable[[], T]) -> T:
@@ -51,8 +53,14 @@ def call(text: str, function: Callable[[], T]) -> T:
         raise LoadError(f"calling {text} failed: {_described(error)}") from error
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to add to an error about an unknown name: those that look like it, if there are any."""
+    close = get_close_matches(name, list(known))
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
 def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-__all__ = ["call", "find_object"]
+__all__ = ["call", "did_you_mean", "find_object"]

@@ -6,14 +6,14 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rbpfx.cli.imports import call, find_object
+from rbpfx.cli.imports import call, did_you_mean, find_object
+from rbpfx.cli.remedies import FACTORY, advising
 from rbpfx.cli.weights import load_weights
 from rbpfx.errors import LoadError
 from rbpfx.saving.library import Library
@@ -89,7 +89,8 @@ class _Torchvision(ModelSource):
         import torchvision
 
         _require_known(self.text, self.library.name, torchvision.models.list_models())
-        return self.library.build()
+        with advising(FACTORY):
+            return self.library.build()
 
     def pretrained(self, weights: str, progress: bool) -> nn.Module:
         import torchvision
@@ -137,7 +138,8 @@ class _Timm(ModelSource):
         timm = _imported("timm", self.text)
         name = self.library.name
         _require_known(self.text, name, [name] if timm.is_model(name) else timm.list_models())
-        return self.library.build()
+        with advising(FACTORY):
+            return self.library.build()
 
     def pretrained(self, weights: str, progress: bool) -> nn.Module:
         if weights != DEFAULT:
@@ -284,7 +286,8 @@ def find_model(text: str) -> ModelSource:
             "or module.path:factory"
         )
     if kind in ("torchvision", "timm"):
-        library = Library.parse(text)
+        with advising(FACTORY):
+            library = Library.parse(text)
         return (_Torchvision if kind == "torchvision" else _Timm)(text, library)
     return _HuggingFace(text, name) if kind == "hf" else _Factory(text)
 
@@ -318,9 +321,7 @@ def trained_model(source: ModelSource, weights: str | None, progress: bool = Tru
 def _require_known(text: str, name: str, known: Iterable[str]) -> None:
     names = list(known)
     if name not in names:
-        close = get_close_matches(name, names)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise LoadError(f"{text}: there is no model {name!r}{hint}")
+        raise LoadError(f"{text}: there is no model {name!r}{did_you_mean(name, names)}")
 
 
 def _imported(package: str, text: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from rbpfx.cli.augment import AUGMENTATIONS
 from rbpfx.errors import SaveError
 from rbpfx.graph.groups import ATTENTION_UNITS, NORMALIZATIONS, UNITS
 from rbpfx.saving.schema import PLAN, PROGRAM, WEIGHTS
@@ -134,6 +135,15 @@ reading = together(
         default=0.1,
         show_default=True,
         help="Share of the examples held out for validation, where the data have no such part.",
+    ),
+    click.option(
+        "--augment",
+        type=click.Choice(list(AUGMENTATIONS)),
+        default=next(iter(AUGMENTATIONS)),
+        show_default=True,
+        help="Change training images at random: 'crop' moves them by up to an eighth of their "
+        "side, 'flip' mirrors half of them. 'crop-flip' is usual for photographs; mirroring is "
+        "wrong for digits, text and signs.",
     ),
 )
 analysis = together(

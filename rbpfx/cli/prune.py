@@ -25,6 +25,7 @@ from rbpfx.training.settings import PRECISIONS, Training
 
 logger = logging.getLogger(__name__)
 
+_POSITIVE = click.FloatRange(0, min_open=True)
 _RANKINGS = tuple(name for name, method in METHODS.items() if not method.decides)
 
 HELP = f"""Make a trained MODEL smaller and faster, and save it.
@@ -81,13 +82,13 @@ def _latency(
 @click.option(
     "--macs",
     metavar="SHARE|N",
-    type=float,
+    type=_POSITIVE,
     help="Share of the multiply-accumulates to keep, or their number.",
 )
 @click.option(
     "--params",
     metavar="SHARE|N",
-    type=float,
+    type=_POSITIVE,
     help="Share of the parameters to keep, or their number.",
 )
 @click.option(
@@ -125,20 +126,20 @@ def _latency(
 @click.option(
     "--epochs",
     metavar="N",
-    type=float,
+    type=_POSITIVE,
     help="Passes over the data that decide; by default as the method wants, 3 for rbp.",
 )
 @click.option(
     "--strength",
     metavar="X",
-    type=float,
+    type=_POSITIVE,
     help="How hard to prune without a target. "
     "For rbp 0.001 is cautious, 0.003 the default, 0.01 bold.",
 )
 @click.option(
     "--recovery-epochs",
     metavar="N",
-    type=float,
+    type=click.FloatRange(0),
     default=FineTune.epochs,
     show_default=True,
     help="Passes over the data after the cut; 0 for none.",
@@ -146,7 +147,7 @@ def _latency(
 @click.option(
     "--recovery-lr",
     metavar="X",
-    type=float,
+    type=_POSITIVE,
     default=FineTune.lr,
     show_default=True,
     help="Learning rate after the cut.",
@@ -158,6 +159,13 @@ def _latency(
     default=Training.precision,
     show_default=True,
     help="What training computes in.",
+)
+@click.option(
+    "--checkpoint-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Save the training here: the same command goes on from there, and Ctrl-C stops it with "
+    "the result so far.",
 )
 @options.reading
 @options.analysis
@@ -188,10 +196,12 @@ def prune(
     recovery_lr: float,
     distill: bool,
     precision: str,
+    checkpoint_dir: Path | None,
     batch_size: int,
     workers: int,
     image_size: int | None,
     val_share: float,
+    augment: str,
     device: torch.device,
     seed: int,
     **analysis: Any,
@@ -213,10 +223,14 @@ def prune(
     recovery = FineTune(epochs=recovery_epochs, lr=recovery_lr)
     options.require_free(out, force)
     source = find_model(model)
-    network = trained_model(source, weights, progress=not console.quiet)
-    reading = DataOptions(batch_size, workers, image_size, val_share, seed)
-    batches = open_data(data, reading, source.preset(), console)
-    check_fit(network, batches)
+    reading = DataOptions(batch_size, workers, image_size, val_share, seed, augment)
+    with console.stages(model, 3) as begin:
+        begin("building")
+        network = trained_model(source, weights, progress=not console.quiet)
+        begin("opening the data")
+        batches = open_data(data, reading, source.preset(), console)
+        begin("trying the first batch")
+        check_fit(network, batches)
     logger.info("%s: everything fits; %d batches to train with", model, length_hint(batches.train))
     result = prune_network(
         network,
@@ -228,12 +242,15 @@ def prune(
         recovery=recovery,
         distill=distill,
         training=Training(precision=precision),
+        checkpoint_dir=checkpoint_dir,
         device=device,
         seed=seed,
         progress=not console.quiet,
         **analysis,
     )
-    result.save(out, program=program)
+    with console.stages(str(out), 1) as begin:
+        begin("saving")
+        result.save(out, program=program)
     return saved_answer(out, result)
 
 

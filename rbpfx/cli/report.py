@@ -8,8 +8,9 @@ import click
 
 from rbpfx.cli import options
 from rbpfx.cli.console import Answer, Console, reporting
+from rbpfx.errors import SaveError
 from rbpfx.report import Report
-from rbpfx.saving.files import read
+from rbpfx.saving.files import read_plan
 
 HELP = """Show what pruning did to the network that is saved in DIR.
 
@@ -31,11 +32,14 @@ Examples:
 @reporting
 def report(console: Console, *, directory: Path, write: Path | None) -> Answer:
     """Show the report."""
-    plan, _ = read(directory)
+    plan = read_plan(directory)
     origin = f"{directory}: {plan.library or plan.original.model}, pruned by rbpfx {plan.rbpfx}"
     found = Report.from_dict(dict(plan.report))
     if write is not None:
-        found.write(write)
+        try:
+            found.write(write)
+        except OSError as error:
+            raise SaveError(f"{str(write)!r} cannot be written: {error.strerror}") from error
     return Answer(f"{origin}\n\n{found}", dict(plan.report))
 
 

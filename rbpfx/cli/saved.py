@@ -11,10 +11,11 @@ from torch import nn
 
 from rbpfx.cli.console import Answer
 from rbpfx.cli.models import find_model
+from rbpfx.cli.remedies import OPTION, advising
 from rbpfx.errors import LoadError
 from rbpfx.result import PruningResult
 from rbpfx.saving.examples import build_inputs
-from rbpfx.saving.files import read
+from rbpfx.saving.files import read_plan
 from rbpfx.saving.load import load
 from rbpfx.saving.schema import SavedPlan
 
@@ -47,15 +48,15 @@ class Saved:
         Raises:
             LoadError: There is no saved network, or its original is not known or another one.
         """
-        plan, _ = read(directory)
+        plan = read_plan(directory)
         if model is not None:
             original = find_model(model).build()
         elif plan.library is not None:
-            original = plan.library.build()
+            with advising(OPTION):
+                original = plan.library.build()
         else:
             raise LoadError(
-                f"what was pruned, a {plan.original.model}, is not known by name; say where it "
-                "comes from, for example --model module.path:factory"
+                f"what was pruned, a {plan.original.model}, is not known by name; {OPTION}"
             )
         network = load(directory, original, device=device).eval()
         return cls(plan, original.to(device).eval(), network, device)

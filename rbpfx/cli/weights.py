@@ -9,7 +9,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rbpfx.errors import LoadError
@@ -68,8 +67,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{str(path)!r} holds more than tensors, and loading that could run code in it; save "
             "the weights alone: torch.save(model.state_dict(), file)"
         ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise LoadError(f"the weights {str(path)!r} cannot be read: {error}") from error
+    except OSError as error:
+        raise LoadError(f"the weights {str(path)!r} cannot be read: {error.strerror}") from error
+    except Exception as error:  # of a damaged file: whatever the bytes happen to mean
+        raise LoadError(f"{str(path)!r} is no file of weights, or damaged: {error!r}") from error
     for name in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

@@ -30,6 +30,7 @@ from rbpfx.graph.lazy import LazyGraphModule
 from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.verification import TOLERANCE, in_double, largest_difference, verify
+from rbpfx.surroundings import usual_modes
 
 # Ours: what rounding may do to a deep network in a type, of its largest output.
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -73,6 +74,7 @@ class CompiledNetwork(nn.Module):
         self._compile()
 
 
+@usual_modes()
 def deploy(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -259,7 +261,8 @@ def _difference_on_random_inputs(
 
     def draw(value: Tensor) -> Tensor:
         if value.is_floating_point():
-            value = torch.randn(value.shape, generator=generator).to(value.dtype)
+            drawn = torch.randn(value.shape, generator=generator, device="cpu")
+            value = drawn.to(value.dtype)
         return value.to(device)
 
     inputs = tree_map_only(Tensor, draw, bind_inputs(model, example_inputs))

@@ -22,8 +22,10 @@ from rbpfx.errors import ExportError, VerificationError
 from rbpfx.files import written_aside
 from rbpfx.graph.capture import ExampleInputs, bind_inputs
 from rbpfx.graph.device import device_of
-from rbpfx.graph.parts import captured_parts, count_examples
+from rbpfx.graph.examples import count_examples
+from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.verification import difference
+from rbpfx.surroundings import usual_modes
 
 Inputs = dict[str, Any]
 Run = Callable[[Inputs], Any]
@@ -34,6 +36,7 @@ _TRACED_BATCH = 2  # torch.export takes a size of 1 for a constant
 _OTHER_BATCH = 3
 
 
+@usual_modes()
 def export(
     model: nn.Module,
     example_inputs: ExampleInputs,
@@ -113,7 +116,7 @@ def _with_batch(inputs: Inputs, size: int) -> Inputs:
         if value.ndim and len(value) == batch:
             value = value[torch.arange(size, device=value.device) % batch]
         if value.is_floating_point():
-            drawn = torch.randn(value.shape, generator=generator)
+            drawn = torch.randn(value.shape, generator=generator, device="cpu")
             value = drawn.to(value.device, value.dtype)
         return value
 
@@ -145,7 +148,8 @@ def _program(network: nn.Module, inputs: Inputs) -> ExportedProgram:
 
 def _write_program(network: nn.Module, inputs: Inputs, file: Path) -> Run:
     torch.export.save(_program(network, inputs), file)
-    module = torch.export.load(file).module()
+    with torch.device("cpu"):  # torch reads the file's bytes there, and makes the rest by default
+        module = torch.export.load(file).module()
     return lambda given: module(*given.values())
 
 

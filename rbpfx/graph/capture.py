@@ -25,17 +25,20 @@ from torch.utils._pytree import tree_map
 
 from rbpfx.errors import CaptureError, InputError
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.examples import count_examples
 from rbpfx.graph.exported import trace_program
 from rbpfx.graph.garbage import collection_paused
 from rbpfx.graph.lazy import LazyGraphModule
 from rbpfx.graph.metadata import fake_inputs, fake_mode, record_metadata
 from rbpfx.graph.modes import merge_modes
-from rbpfx.graph.parts import capture_inside, captured_parts, count_examples, note_examples
+from rbpfx.graph.parts import capture_inside, captured_parts, note_examples
 from rbpfx.graph.tracer import GraphTracer, LeafModule, ValueTracer
+from rbpfx.surroundings import usual_modes
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
+@usual_modes()
 @collection_paused()
 def trace(
     model: nn.Module | ExportedProgram,

@@ -33,11 +33,13 @@ from torch.utils._pytree import (
 
 from rbpfx.errors import CaptureError, GuardError, InputError
 from rbpfx.graph.calls import call_leaf
+from rbpfx.graph.examples import count_examples
 from rbpfx.graph.exported_modules import add_constant, holds, restore_batch_norm, share_state
+from rbpfx.graph.lazy import LazyGraphModule
 from rbpfx.graph.metadata import compute, fake_inputs, fake_mode
 from rbpfx.graph.modes import by_mode, mode_flag
 from rbpfx.graph.overloads import Call, in_schema_order, named_arguments, spellings
-from rbpfx.graph.parts import count_examples, note_examples
+from rbpfx.graph.parts import note_examples
 from rbpfx.graph.program_guards import Guards
 from rbpfx.graph.rules.base import find_rule
 from rbpfx.graph.tracer import GraphTracer
@@ -110,7 +112,7 @@ class _Translation:
         self.values = values
         self.trained = _exported_in_train_mode(source)
         self.graph = fx.Graph(tracer_cls=GraphTracer)
-        self.gm = fx.GraphModule(nn.Module(), self.graph, class_name="ExportedModel")
+        self.gm = LazyGraphModule(nn.Module(), self.graph, class_name="ExportedModel")
         share_state(source, self.gm)
         self.trials = fx.Graph()
         self.mode = fake_mode()

@@ -27,6 +27,7 @@ from rbpfx.graph.provenance import Atoms
 from rbpfx.graph.rules.base import shape_of
 from rbpfx.graph.slicing import Multipliers
 from rbpfx.plan import PruningPlan
+from rbpfx.surroundings import usual_modes
 
 CONTAINER = "channel_gates"
 
@@ -71,6 +72,7 @@ def insert_gates(gm: nn.Module, analysis: Analysis, gates: Mapping[str, nn.Modul
     return gated
 
 
+@usual_modes()
 def apply_mask(
     gm: nn.Module,
     analysis: Analysis,

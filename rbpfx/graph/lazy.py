@@ -3,14 +3,19 @@
 torch.fx writes and compiles Python code whenever a graph module gets a graph. That takes as long
 as half of a capture, and most graphs of a pruning pipeline are never run: they are analysed,
 copied and changed, and the copy gets code of its own.
+
+torch and Python keep the text of generated code, and the functions it marks with `fx.wrap`, in
+tables for good; here they forget them with the code.
 """
 
 from __future__ import annotations
 
+import linecache
 import weakref
 from typing import Any
 
 from torch import fx
+from torch.fx import _symbolic_trace, graph_module
 
 
 class LazyGraphModule(fx.GraphModule):
@@ -32,6 +37,14 @@ class LazyGraphModule(fx.GraphModule):
         """The code of the graph."""
         self._compile()
         return super().code
+
+    def recompile(self) -> Any:
+        """Generate and compile the code of the graph."""
+        generated = super().recompile()
+        code = type(self).forward
+        key = (code.__code__.co_filename, id(code.__globals__))
+        weakref.finalize(code, _forget, *key).atexit = False
+        return generated
 
     def _compile(self) -> None:
         if isinstance(vars(type(self))["forward"], _Pending):
@@ -57,3 +70,17 @@ class _Pending:
         assert owner is not None
         owner.recompile()
         return cls.forward if gm is None else gm.forward
+
+
+def _forget(filename: str, scope: int) -> None:
+    """Take generated code that is gone out of the tables of torch and Python.
+
+    Args:
+        filename: What its text is called there.
+        scope: The id of its globals.
+    """
+    graph_module._loader.eval_cache.pop(filename, None)
+    linecache.cache.pop(filename, None)
+    marked = _symbolic_trace._wrapped_fns_to_patch
+    for key in [key for key in list(marked) if key[0] == scope]:
+        marked.pop(key, None)

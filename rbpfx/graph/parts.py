@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rbpfx.errors import CaptureError, RbpfxError
+from rbpfx.graph.examples import count_examples
 from rbpfx.graph.tracer import GraphTracer
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -53,18 +54,6 @@ def example_batch(model: nn.Module) -> int:
         return int(part.meta.get(_EXAMPLES, 1))
     placeholders = [n for n in part.graph.nodes if n.op == "placeholder"]
     return count_examples({n.name: n.meta.get("val") for n in placeholders})
-
-
-def count_examples(inputs: Mapping[str, Any]) -> int:
-    """Number of examples in a batch: the size of the first tensor, or of the first list."""
-    for value in inputs.values():
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return int(value.shape[0])
-        if isinstance(value, (list, tuple)):
-            return len(value)
-        if isinstance(value, Mapping):
-            return count_examples(value)
-    return 1
 
 
 def capture_inside(

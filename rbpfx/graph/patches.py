@@ -23,7 +23,7 @@ CONSTANT = "_tensor_constant"  # what torch.fx calls tensors that a forward make
 def marked_functions_opened(tracer: ValueTracer) -> Iterator[None]:
     """Trace into functions marked with `fx.wrap`, which torch.fx would record as one call."""
     table = _symbolic_trace._wrapped_fns_to_patch
-    marked: list[Any] = [(key, frame, frame.get(key[1])) for key, frame in table.items()]
+    marked: list[Any] = [(key, frame, frame.get(key[1])) for key, frame in list(table.items())]
     opened = [entry for entry in marked if tracer.opens(entry[2])]
     for key, frame, function in opened:
         del table[key]

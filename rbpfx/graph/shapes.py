@@ -2,15 +2,14 @@
 
 To run an operator on fake tensors takes torch 100 microseconds and more, most of it in Python.
 The operators that most networks consist of need no more than a line of arithmetic each. A form
-knows the ordinary case only: floating-point tensors of one type that fit each other, with their
-elements in order (*plain*) or with the channels last. For everything else it returns None, and
-torch is asked (and complains, where it should).
+knows the ordinary case only, tensors that have a format (see `rbpfx.graph.formats`) and fit each
+other. For everything else it returns None, and torch is asked (and complains, where it should).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,19 +20,28 @@ from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchvision.ops import StochasticDepth
 
-Shape: TypeAlias = Sequence[int]
+from rbpfx.graph.formats import (
+    Shape,
+    format_of,
+    goes_with,
+    is_ordinary,
+    is_plain,
+    new_like,
+    new_tensor,
+    plain_strides,
+    suits,
+)
+
 Form: TypeAlias = Callable[..., Any]
 AnyForm = TypeVar("AnyForm", bound=Form)
 _MODULES: dict[type[nn.Module], Form] = {}
 _CALLS: dict[Hashable, Form] = {}
-_empty = torch.empty  # itself: while a model is traced, torch.fx puts a wrapper in its place
-_FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def module_value(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a module returns in eval mode for fake tensors; None if torch has to be asked."""
     form = _MODULES.get(type(module))
-    if form is None or kwargs or len(args) != 1 or _format(args[0]) is None:
+    if form is None or kwargs or len(args) != 1 or format_of(args[0]) is None:
         return None
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
@@ -69,78 +77,13 @@ def _for_calls(*targets: Hashable) -> Callable[[AnyForm], AnyForm]:
     return register
 
 
-# -- tensors ------------------------------------------------------------------------------
-
-
-def _format(value: Any) -> torch.memory_format | None:
-    """How the elements of a floating-point fake tensor lie, if in order or with channels last."""
-    if type(value) is not FakeTensor or value.dtype not in _FLOATING:
-        return None
-    if value.layout is not torch.strided or value.constant is not None:
-        return None
-    if torch.is_autocast_enabled(value.fake_device.type):
-        return None
-    # Several strides fit an axis of size one. That of the batch makes no difference.
-    if value.is_contiguous() and value.stride()[1:] == _strides(value.shape)[1:]:
-        return torch.contiguous_format
-    if value.ndim == 4 and min(value.shape[1:]) > 1:
-        last = torch.channels_last
-        return last if value.is_contiguous(memory_format=last) else None
-    return None
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a floating-point fake tensor with its elements in order."""
-    return _format(value) is torch.contiguous_format
-
-
-def _strides(shape: Shape) -> tuple[int, ...]:
-    """The strides of a tensor whose elements are in order."""
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
-def _tensors(module: nn.Module, *names: str) -> list[Any]:
-    """Parameters or buffers, past `nn.Module.__getattr__`: slow, and patched during a trace."""
-    tensors = module._parameters | module._buffers
-    return [tensors[name] for name in names]
-
-
-def _goes_with(x: FakeTensor, tensor: Tensor) -> bool:
-    """Whether a tensor has the type and the device of another."""
-    return tensor.dtype == x.dtype and tensor.device == x.fake_device
-
-
-def _fits(x: FakeTensor, tensor: Tensor | None, *shape: int) -> bool:
-    """Whether a parameter or buffer is absent, or goes with `x` and has this shape."""
-    return tensor is None or (tensor.shape == shape and _goes_with(x, tensor))
-
-
-def _new(
-    x: FakeTensor, shape: Shape, memory_format: torch.memory_format = torch.contiguous_format
-) -> FakeTensor:
-    """A new tensor of the type and device of `x`."""
-    elements = _empty(shape, dtype=x.dtype, device="meta", memory_format=memory_format)
-    return FakeTensor(x.fake_mode, elements, x.fake_device)
-
-
-def _like(x: Any) -> FakeTensor | None:
-    """A new tensor like `x`, if `x` has a format."""
-    memory_format = _format(x)
-    return None if memory_format is None else _new(x, x.shape, memory_format)
-
-
 # -- element by element -------------------------------------------------------------------
 
 
 @_for_modules(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.SiLU, nn.Mish, nn.Hardtanh)
 @_for_modules(nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardswish, nn.Hardsigmoid)
 def _activation(module: Any, x: FakeTensor) -> FakeTensor | None:
-    return x if getattr(module, "inplace", False) else _like(x)
+    return x if getattr(module, "inplace", False) else new_like(x)
 
 
 @_for_modules(nn.Identity, nn.Dropout, nn.Dropout2d, StochasticDepth)
@@ -150,14 +93,14 @@ def _unchanged(module: Any, x: FakeTensor) -> FakeTensor:
 
 @_for_calls(F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid)
 def _activation_call(input: Any, inplace: bool = False) -> FakeTensor | None:
-    like = _like(input)
+    like = new_like(input)
     return input if inplace and like is not None else like
 
 
 @_for_calls(F.gelu, F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh, torch.exp)
 @_for_calls("relu", "sigmoid", "tanh", "exp", "sqrt", "abs", operator.neg, torch.sqrt, torch.abs)
 def _pointwise(input: Any, *, approximate: str = "none") -> FakeTensor | None:
-    return _like(input)
+    return new_like(input)
 
 
 @_for_calls(operator.add, operator.sub, operator.mul, operator.truediv)
@@ -166,24 +109,24 @@ def _binary(input: Any, other: Any) -> FakeTensor | None:
     pair: tuple[Any, Any] = (input, other) if isinstance(input, Tensor) else (other, input)
     tensor, partner = pair
     if type(partner) in (int, float):
-        return _like(tensor)
-    formats = (_format(tensor), _format(partner))
-    if None in formats or not _goes_with(tensor, partner):
+        return new_like(tensor)
+    formats = (format_of(tensor), format_of(partner))
+    if None in formats or not goes_with(tensor, partner):
         return None
     small, large = (tensor, partner) if tensor.numel() <= partner.numel() else (partner, tensor)
     # Of operands in two formats one decides, unless the other has no order: at most one axis.
     agree = formats[0] is formats[1] or sum(size > 1 for size in small.shape) <= 1
-    return _like(large) if agree and _spreads(small, large) else None
+    return new_like(large) if agree and _spreads(small, large) else None
 
 
 @_for_calls(operator.iadd, operator.isub, operator.imul, operator.itruediv)
 @_for_calls("add_", "sub_", "mul_", "div_")
 def _in_place(input: Any, other: Any) -> FakeTensor | None:
-    if _format(input) is None:
+    if format_of(input) is None:
         return None
     if type(other) in (int, float):
         return input  # type: ignore[no-any-return]
-    fits = _format(other) is not None and _goes_with(input, other) and _spreads(other, input)
+    fits = format_of(other) is not None and goes_with(input, other) and _spreads(other, input)
     return input if fits else None
 
 
@@ -203,12 +146,18 @@ def _softmax(module: Any, x: FakeTensor) -> FakeTensor | None:
 
 @_for_calls(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
 def _softmax_call(input: Any, dim: Any) -> FakeTensor | None:
-    if not _is_plain(input) or not isinstance(dim, int) or not -input.ndim <= dim < input.ndim:
+    if not is_plain(input) or not isinstance(dim, int) or not -input.ndim <= dim < input.ndim:
         return None
-    return _new(input, input.shape)
+    return new_tensor(input, input.shape)
 
 
 # -- layers -------------------------------------------------------------------------------
+
+
+def _tensors(module: nn.Module, *names: str) -> list[Any]:
+    """Parameters or buffers, past `nn.Module.__getattr__`: slow, and patched during a trace."""
+    tensors = module._parameters | module._buffers
+    return [tensors[name] for name in names]
 
 
 @_for_modules(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -217,15 +166,15 @@ def _batch_norm(module: Any, x: FakeTensor) -> FakeTensor | None:
     tensors = _tensors(module, "running_mean", "running_var", "weight", "bias")
     if x.ndim not in axes or tensors[0] is None:
         return None
-    return _like(x) if all(_fits(x, t, x.shape[1]) for t in tensors) else None
+    return new_like(x) if all(suits(x, t, x.shape[1]) for t in tensors) else None
 
 
 @_for_modules(nn.GroupNorm)
 def _group_norm(module: Any, x: FakeTensor) -> FakeTensor | None:
-    if x.ndim < 3 or x.shape[1] != module.num_channels or not _is_plain(x):
+    if x.ndim < 3 or x.shape[1] != module.num_channels or not is_plain(x):
         return None
-    fits = all(_fits(x, t, x.shape[1]) for t in _tensors(module, "weight", "bias"))
-    return _new(x, x.shape) if fits else None
+    fits = all(suits(x, t, x.shape[1]) for t in _tensors(module, "weight", "bias"))
+    return new_tensor(x, x.shape) if fits else None
 
 
 @_for_modules(nn.LayerNorm)
@@ -238,10 +187,10 @@ def _layer_norm_call(
     input: Any, normalized_shape: Shape, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> FakeTensor | None:
     shape = tuple(normalized_shape)
-    if not _is_plain(input) or input.shape[-len(shape) :] != shape:
+    if not is_plain(input) or input.shape[-len(shape) :] != shape:
         return None
-    fits = _fits(input, weight, *shape) and _fits(input, bias, *shape)
-    return _new(input, input.shape) if fits else None
+    fits = suits(input, weight, *shape) and suits(input, bias, *shape)
+    return new_tensor(input, input.shape) if fits else None
 
 
 @_for_modules(nn.Linear, NonDynamicallyQuantizableLinear)
@@ -251,11 +200,11 @@ def _linear(module: Any, x: FakeTensor) -> FakeTensor | None:
 
 @_for_calls(F.linear)
 def _linear_call(input: Any, weight: Any, bias: Any = None) -> FakeTensor | None:
-    if not _is_plain(input) or not input.ndim or weight.ndim != 2:
+    if not is_plain(input) or not input.ndim or weight.ndim != 2:
         return None
     size = weight.shape[0]
-    fits = _fits(input, weight, size, input.shape[-1]) and _fits(input, bias, size)
-    return _new(input, (*input.shape[:-1], size)) if fits else None
+    fits = suits(input, weight, size, input.shape[-1]) and suits(input, bias, size)
+    return new_tensor(input, (*input.shape[:-1], size)) if fits else None
 
 
 @_for_modules(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -265,9 +214,9 @@ def _convolution(module: Any, x: FakeTensor) -> FakeTensor | None:
     channels, width, *kernel = weight.shape
     if module.padding_mode != "zeros" or isinstance(module.padding, str) or channels % groups:
         return None
-    if x.ndim != weight.ndim or x.shape[1] != width * groups or not _goes_with(x, weight):
+    if x.ndim != weight.ndim or x.shape[1] != width * groups or not goes_with(x, weight):
         return None
-    if weight.stride() != _strides(weight.shape) or not _fits(x, bias, channels):
+    if weight.stride() != plain_strides(weight.shape) or not suits(x, bias, channels):
         return None
     return _slid(x, channels, kernel, module.stride, module.padding, module.dilation)
 
@@ -278,10 +227,10 @@ def _slid(
     """The result of a window that slides over the axes of space."""
     settings = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
     sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in settings]
-    memory_format = _format(x)
+    memory_format = format_of(x)
     if memory_format is None or min(sizes) <= 0:
         return None
-    return _new(x, (x.shape[0], channels, *sizes), memory_format)
+    return new_tensor(x, (x.shape[0], channels, *sizes), memory_format)
 
 
 @_for_modules(nn.MaxPool2d)
@@ -310,9 +259,9 @@ def _adaptive_pool(module: Any, x: FakeTensor) -> FakeTensor | None:
 @_for_calls(F.adaptive_avg_pool2d)
 def _adaptive_pool_call(input: Any, output_size: Any) -> FakeTensor | None:
     sizes = _pair(output_size)
-    if not _is_plain(input) or input.ndim != 4 or not all(type(size) is int for size in sizes):
+    if not is_plain(input) or input.ndim != 4 or not all(type(size) is int for size in sizes):
         return None
-    return _new(input, (*input.shape[:2], *sizes))
+    return new_tensor(input, (*input.shape[:2], *sizes))
 
 
 def _pair(setting: Any) -> Shape:
@@ -325,7 +274,7 @@ def _pair(setting: Any) -> Shape:
 @_for_calls(torch.cat, torch.concat)
 def _concatenation(tensors: Any, dim: int = 0) -> FakeTensor | None:
     first = tensors[0]
-    if not all(_is_plain(t) and t.ndim == first.ndim and _goes_with(first, t) for t in tensors):
+    if not all(is_plain(t) and t.ndim == first.ndim and goes_with(first, t) for t in tensors):
         return None
     if not -first.ndim <= dim < first.ndim:
         return None
@@ -336,22 +285,20 @@ def _concatenation(tensors: Any, dim: int = 0) -> FakeTensor | None:
         if (*leading, *tensor.shape[len(before) + 1 :]) != (*before, *after):
             return None
         size += here
-    return _new(first, (*before, size, *after))
+    return new_tensor(first, (*before, size, *after))
 
 
 @_for_calls(torch.matmul, operator.matmul, "matmul", "__matmul__")
 def _matrix_product(input: Any, other: Any) -> FakeTensor | None:
     """Products of batches of matrices, which may be transposed."""
-    if not (type(input) is type(other) is FakeTensor) or input.dtype not in _FLOATING:
+    if not is_ordinary(input) or type(other) is not FakeTensor:
         return None
-    if not 3 <= input.ndim == other.ndim or not _goes_with(input, other):
-        return None
-    if torch.is_autocast_enabled(input.fake_device.type):
+    if not 3 <= input.ndim == other.ndim or not goes_with(input, other):
         return None
     batch, rows, inner = input.shape[:-2], input.shape[-2], input.shape[-1]
     if other.shape[:-2] != batch or other.shape[-2] != inner:
         return None
-    return _new(input, (*batch, rows, other.shape[-1]))
+    return new_tensor(input, (*batch, rows, other.shape[-1]))
 
 
 # -- views and sizes ----------------------------------------------------------------------

@@ -28,6 +28,7 @@ from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.provenance import Atoms, Keep, Label
 from rbpfx.graph.rules.base import find_rule, shape_of
 from rbpfx.plan import PruningPlan
+from rbpfx.surroundings import usual_modes
 
 if TYPE_CHECKING:
     from rbpfx.graph.groups import Analysis
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 Multipliers = Mapping[str, Tensor]
 
 
+@usual_modes()
 @collection_paused()
 def rewrite(
     gm: nn.Module,

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +22,13 @@ from rbpfx.graph.copying import copy_model
 from rbpfx.graph.device import device_of
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.values import assume
+from rbpfx.surroundings import usual_modes
 
 TOLERANCE = 1e-9
 DRAWS = 3
 
 
+@usual_modes()
 def verify(
     masked: nn.Module,
     pruned: nn.Module,
@@ -61,7 +62,7 @@ def verify(
     device = device_of(masked)
     inputs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
     masked, pruned = _prepared(masked, train), _prepared(pruned, train)
-    with torch.no_grad(), _full_precision():
+    with torch.no_grad():
         return largest_difference(masked, pruned, lambda network: network(**inputs))
 
 
@@ -206,18 +207,12 @@ def _draw_like(value: Any, generator: torch.Generator) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point():
-        return torch.randn(value.shape, dtype=torch.float64, generator=generator)
+        return torch.randn(value.shape, dtype=torch.float64, generator=generator, device="cpu")
     if value.dtype == torch.bool or value.numel() == 0:
         return value
     low, high = int(value.min()), int(value.max())
-    return torch.randint(low, high + 1, value.shape, dtype=value.dtype, generator=generator)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Run outside autocast."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+    options: dict[str, Any] = {"dtype": value.dtype, "generator": generator, "device": "cpu"}
+    return torch.randint(low, high + 1, value.shape, **options)
 
 
 __all__ = ["TOLERANCE", "difference", "require_equal", "verify"]

@@ -1,6 +1,6 @@
 """Latency: networks timed side by side, so that a noisy machine slows both."""
 
-from rbpfx.latency.examples import first_examples, resize_batch
+from rbpfx.graph.examples import first_examples, resize_batch
 from rbpfx.latency.measure import compare_latency, measure_latency
 from rbpfx.latency.memory import Memory
 from rbpfx.latency.results import Comparison, Latency

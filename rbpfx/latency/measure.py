@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from rbpfx.errors import InputError
 from rbpfx.graph.capture import ExampleInputs, call_with, evaluating
 from rbpfx.graph.copying import copy_model
+from rbpfx.graph.examples import count_examples, resize_batch
 from rbpfx.graph.garbage import collection_paused
-from rbpfx.latency.examples import examples_in, require_positive, resize_batch
 from rbpfx.latency.memory import Memory, parameter_bytes, peak_allocated
 from rbpfx.latency.results import Comparison, Latency
 from rbpfx.training.layout import to_channels_last
@@ -129,7 +129,8 @@ def measure_latency(
     """
     named = _named(models)
     device = _common_device(named)
-    require_positive(warmup=warmup, max_repeats=max_repeats, threads=threads)
+    _require_positive(warmup=[warmup], max_repeats=[max_repeats], batch_sizes=batch_sizes or ())
+    _require_positive(threads=[] if threads is None else [threads])
     inputs: Any = dict(example_inputs) if isinstance(example_inputs, Mapping) else example_inputs
     if dtype is not None:
         inputs = tree_map_only(
@@ -138,7 +139,7 @@ def measure_latency(
     ready = [_prepared(n, network, channels_last, dtype, compile) for n, network in named.items()]
     found: dict[int, Any] = {}
     with _threads(threads), evaluating(*ready), torch.no_grad():
-        for size in [examples_in(inputs)] if batch_sizes is None else batch_sizes:
+        for size in [count_examples(inputs, 0)] if batch_sizes is None else batch_sizes:
             batch = inputs if batch_sizes is None else resize_batch(inputs, size)
             if channels_last:
                 batch = to_channels_last(batch)
@@ -265,6 +266,14 @@ def _prepared(
     return torch.compile(network, dynamic=False) if compile else network  # type: ignore[return-value]
 
 
+def _require_positive(**values: Sequence[int]) -> None:
+    """Raise an `InputError` that names the first value that is no positive whole number."""
+    for name, numbers in values.items():
+        for number in numbers:
+            if not isinstance(number, int) or number < 1:
+                raise InputError(f"{name}={number!r} must be a whole number, 1 at least")
+
+
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -350,7 +359,7 @@ def _latency(
         repeats=len(times),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         threads=torch.get_num_threads(),
-        batch_size=examples_in(inputs) or None,
+        batch_size=count_examples(inputs, 0) or None,
         memory=needed,
         times=tuple(times),
     )

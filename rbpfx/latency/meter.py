@@ -8,13 +8,15 @@ from functools import cached_property
 
 from torch import nn
 
+from rbpfx.bars import stages
 from rbpfx.deployment.deploy import lowered
 from rbpfx.graph.capture import ExampleInputs
+from rbpfx.graph.device import device_of
 from rbpfx.graph.groups import Analysis
 from rbpfx.graph.slicing import rewrite
 from rbpfx.latency.measure import compare_latency, measure_latency
 from rbpfx.latency.model import LatencyModel
-from rbpfx.latency.operators import OperatorTimes
+from rbpfx.latency.operators import First, OperatorTimes, alone
 from rbpfx.plan import PruningPlan
 
 PRECISION = 0.01
@@ -32,6 +34,7 @@ class PlanMeter:
         progress: Whether to show progress bars.
         deployed: Whether to measure the form that `rbpfx.deploy` gives them.
         times: The table of operators; by default the one on disk.
+        first: Does work in the first process of several and gives its outcome to all.
     """
 
     SECONDS = (1.0, 20.0)
@@ -45,13 +48,15 @@ class PlanMeter:
         progress: bool = False,
         deployed: bool = False,
         times: OperatorTimes | None = None,
+        first: First = alone,
     ) -> None:
         self.gm = gm
         self.analysis = analysis
         self.inputs = inputs
         self.progress = progress
         self.deployed = deployed
-        self.times = times
+        self.times = times or OperatorTimes(device_of(gm), first=first)
+        self.first = first
         self.measured: dict[str, float] = {}
 
     @cached_property
@@ -62,7 +67,10 @@ class PlanMeter:
     @cached_property
     def dense_seconds(self) -> float:
         """Latency of the dense network."""
-        return measure_latency(self.dense, self.inputs, seconds=self.SECONDS[0]).median
+        seconds: float = self.first(
+            lambda: measure_latency(self.dense, self.inputs, seconds=self.SECONDS[0]).median
+        )
+        return seconds
 
     @cached_property
     def model(self) -> LatencyModel:
@@ -79,9 +87,15 @@ class PlanMeter:
         """The share of the dense network's latency that a plan's network has; measured once."""
         key = plan.to_json()
         if key not in self.measured:
-            network = self._formed(rewrite(self.gm, self.analysis, plan))
-            self.measured[key] = self._share(network)
+            self.measured[key] = self.first(lambda: self._measure(plan))
         return self.measured[key]
+
+    def _measure(self, plan: PruningPlan) -> float:
+        with stages("latency target", 2, visible=self.progress) as begin:
+            begin("building a network")
+            network = self._formed(rewrite(self.gm, self.analysis, plan))
+            begin("measuring it")
+            return self._share(network)
 
     def _share(self, network: nn.Module) -> float:
         """The median of the ratios to the dense network, measured until it is precise enough."""

@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rbpfx.bars import steps
 from rbpfx.graph.capture import ExampleInputs, note_inputs
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.device import device_of
@@ -91,21 +92,27 @@ class LatencyModel:
         for group, widths in enumerate(candidates):
             if not free[group]:
                 base[group] = widths[0]
-        entries = []
-        for node in self.nodes:
-            groups = tuple(g for g in node.groups if free[g])
-            scopes = [groups] if len(groups) <= joint else [(), *((g,) for g in groups)]
-            entries += [(node, scope, len(groups) > joint) for scope in scopes]
-        asked = [(n, w) for n, scope, _ in entries for w in _grid(scope, candidates, base)]
-        self._measure(asked)
+        free_groups = [tuple(g for g in node.groups if free[g]) for node in self.nodes]
+
+        def scopes(groups: Scope) -> list[Scope]:
+            return [groups] if len(groups) <= joint else [(), *((g,) for g in groups)]
+
+        self._measure(
+            (node, widths)
+            for node, groups in zip(self.nodes, free_groups, strict=True)
+            for scope in scopes(groups)
+            for widths in _grid(scope, candidates, base)
+        )
         tables: dict[Scope, Table] = {}
-        for node, scope, linearised in entries:
-            grid = _grid(scope, candidates, base)
-            values = np.array([node.seconds(widths, self.times) for widths in grid])
-            if linearised and scope:
-                values = values - node.seconds(base, self.times)
-            table = values.reshape([len(candidates[g]) for g in scope])
-            tables[scope] = tables[scope] + table if scope in tables else table
+        for node, groups in zip(self.nodes, free_groups, strict=True):
+            at_base = node.seconds(base, self.times) if len(groups) > joint else 0.0
+            for scope in scopes(groups):
+                grid = _grid(scope, candidates, base)
+                values = np.array([node.seconds(widths, self.times) for widths in grid])
+                if scope:
+                    values -= at_base
+                table = values.reshape([len(candidates[g]) for g in scope])
+                tables[scope] = tables[scope] + table if scope in tables else table
         return tables
 
     def curve(self, group: int, widths: Widths) -> Table:
@@ -136,7 +143,7 @@ class LatencyModel:
     def _probe(self) -> None:
         """Time the operators that move memory in networks of uniform widths."""
         movers = {node.name: node for node in self.nodes if isinstance(node, Mover)}
-        for share in PROBES:
+        for share in steps(PROBES, "timing operators", visible=self.progress):
             widths = np.maximum(np.ceil(share * self.sizes), 1).astype(np.int64)
             kept = {
                 group.name: range(int(width))
@@ -150,7 +157,7 @@ class LatencyModel:
                         operator = operator_of(node, part, self.deployed)
                         movers[node.name].probe(widths, operator)
                         found.append(operator)
-            self.times.measure(found, self.progress)
+            self.times.measure(found)
 
 
 def _grid(

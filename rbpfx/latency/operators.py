@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from rbpfx.bars import steps
 from rbpfx.circumstances import processor
 from rbpfx.files import written_aside
 
@@ -25,6 +25,12 @@ kernels, does not count; of the others the fastest does, as whatever disturbs a 
 longer. These values are ours."""
 
 Call = Callable[[], object]
+First = Callable[[Callable[[], Any]], Any]
+
+
+def alone(work: Callable[[], Any]) -> Any:
+    """Do some work in the only process that there is."""
+    return work()
 
 
 @dataclass(frozen=True)
@@ -49,10 +55,14 @@ class OperatorTimes:
     Args:
         device: Where the operators run.
         path: Another file; None for the one in the cache.
+        first: Does work in the first process of several and gives its outcome to all.
     """
 
-    def __init__(self, device: torch.device, path: Path | None = None) -> None:
+    def __init__(
+        self, device: torch.device, path: Path | None = None, first: First = alone
+    ) -> None:
         self.device = device
+        self.first = first
         self.machine = describe_machine(device)
         self.path = path or cache_directory() / f"operators-{_digest(self.machine)}.json"
         self.seconds: dict[str, float] = self._load()
@@ -68,14 +78,16 @@ class OperatorTimes:
             operators: The operators.
             progress: Whether to show a progress bar.
         """
+        self.seconds = self.first(lambda: self._completed(operators, progress))
+
+    def _completed(self, operators: Iterable[Operator], progress: bool) -> dict[str, float]:
         missing = {o.key: o for o in operators if o.key not in self.seconds}
-        if not missing:
-            return
-        bar = tqdm(missing.values(), "timing operators", disable=not progress, delay=2.0)
-        with torch.no_grad():
-            for operator in bar:
-                self.seconds[operator.key] = fastest(operator.prepare(), self.device)
-        self._save()
+        if missing:
+            with torch.no_grad():
+                for operator in steps(missing.values(), "timing operators", visible=progress):
+                    self.seconds[operator.key] = fastest(operator.prepare(), self.device)
+            self._save()
+        return self.seconds
 
     def _load(self) -> dict[str, float]:
         """The times in the file; none if there is no file, or it is damaged or of another kind."""

@@ -18,6 +18,7 @@ from rbpfx.methods.rankings import BatchNormScale, Magnitude, Random, Taylor
 from rbpfx.methods.rbp import RBP
 from rbpfx.methods.sbp import SBP
 from rbpfx.methods.weights import UnitWeights, in_scope
+from rbpfx.surroundings import usual_modes
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -49,6 +50,7 @@ def find_method(method: str | Method) -> Method:
     return METHODS[method]()
 
 
+@usual_modes()
 def insert_noise(
     gm: nn.Module,
     analysis: Analysis,
@@ -71,9 +73,10 @@ def insert_noise(
     """
     method = find_method(method)
     names = [g.name for g in analysis.groups] if groups is None else list(groups)
-    gates = {name: method.gate(analysis.group(name)) for name in names}
-    noisy = insert_gates(gm, analysis, gates)
     reference = next((p for p in gm.parameters() if p.is_floating_point()), torch.empty(0))
+    with reference.device:  # whatever the default device is
+        gates = {name: method.gate(analysis.group(name)) for name in names}
+    noisy = insert_gates(gm, analysis, gates)
     for name, gate in gates.items():
         gate.to(reference)
         gate.group = name

@@ -7,6 +7,7 @@ A method of one's own is one subclass of `Gate` (or of `NoiseGate`, if it draws 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
@@ -44,6 +45,7 @@ class Gate(nn.Module, ABC):
         group: Name of the channel group, set by `insert_noise`.
         phase: Where the group is in the recursion.
         alive: Which units have not been removed yet, boolean `(size,)`.
+        processes: The number of this process of the training, and how many there are.
         constants: What the units are multiplied by once hardened, `(size,)`.
     """
 
@@ -56,6 +58,7 @@ class Gate(nn.Module, ABC):
         self.foldable = foldable
         self.group = ""
         self.phase = Phase.NOISY
+        self.processes = (0, 1)
         self.register_buffer("constants", torch.ones(size))
         self.register_buffer("alive", torch.ones(size, dtype=torch.bool))
 
@@ -81,10 +84,23 @@ class Gate(nn.Module, ABC):
         if self.phase is Phase.WAITING:
             multipliers = torch.ones_like(self.constants).unsqueeze(0)
         elif self.training:
-            multipliers = self.sample(1 if reference is None else reference.shape[0])
+            multipliers = self.sample(1) if reference is None else self._drawn(reference.shape[0])
         else:
             multipliers = self.mean().unsqueeze(0)
         return multipliers * self.alive
+
+    def _drawn(self, rows: int) -> Tensor:
+        """Draws for the examples of this process, out of those for the examples of all."""
+        rank, processes = self.processes
+        draws = self.sample(rows * processes)
+        return draws if len(draws) == 1 else draws[rank * rows : (rank + 1) * rows]
+
+    def average(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Average what every process measured for itself; nothing by default.
+
+        Args:
+            mean: The mean of a tensor over all processes.
+        """
 
     def remove(self, redundant: Tensor) -> None:
         """Remove units for good while the others go on.

@@ -207,5 +207,6 @@ def sample(mu: Tensor, log_sigma: Tensor, rows: int) -> Tensor:
     u = torch.rand(rows, *mu.shape, dtype=mu.dtype, device=mu.device)
     u = u.clamp(min=torch.finfo(mu.dtype).eps / 4)  # u = 0 is the end, where z may be infinite
     left, right = below + u * inside, above + (1 - u) * inside
-    z = torch.special.ndtri(torch.minimum(left, right)) * torch.where(left <= right, 1.0, -1.0)
+    z = torch.special.ndtri(torch.minimum(left, right))
+    z = torch.where(left <= right, z, -z)
     return torch.exp((mu + log_sigma.exp() * z).clamp(LOW, HIGH))

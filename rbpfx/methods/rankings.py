@@ -6,6 +6,7 @@ asked for: then group after group is cut while the weights train on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -106,6 +107,10 @@ class TaylorGate(Gate):
     def _observe(self, gradient: Tensor) -> None:
         # The loss is a mean over the batch: times N, this is the gradient of each example's.
         self.changes += gradient.detach().abs().sum(0).to(self.changes)
+
+    def average(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Average the sums of all processes."""
+        self.changes.copy_(mean(self.changes))
 
     def score(self) -> Tensor:
         """Sum over the examples of |gradient x activation|, `(size,)`."""

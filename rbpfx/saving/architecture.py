@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from rbpfx.graph.calls import submodule
 from rbpfx.graph.parts import captured_parts
+from rbpfx.parsing import quoted
 
 # A tensor that is no state of the model may come and go with the version of its library.
 TensorEntry = tuple[str, str, tuple[int, ...]]
@@ -49,11 +50,13 @@ class Architecture:
         for name in {**self.tensors, **other.tensors}:
             mine, others = self.tensors.get(name), other.tensors.get(name)
             if mine != others:
-                return f"{name!r} is {_entry(mine)} there and {_entry(others)} here"
+                return f"{quoted(name)} is {_entry(mine)} there and {_entry(others)} here"
         pairs = zip_longest(self.operators, other.operators, fillvalue="missing")
         for index, (mine_line, other_line) in enumerate(pairs):
             if mine_line != other_line:
-                return f"operator {index} is `{mine_line}` there and `{other_line}` here"
+                return (
+                    f"operator {index} is {quoted(mine_line)} there and {quoted(other_line)} here"
+                )
         return None
 
 

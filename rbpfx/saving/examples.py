@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite, prod
-from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rbpfx.errors import LoadError, SaveError
+from rbpfx.parsing import quoted
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -91,7 +91,7 @@ def _bytes(spec: Any, depth: int) -> int:
             return sum(_bytes(entry, depth + 1) for entry in content)
         if kind == "dict" and isinstance(content, dict):
             return sum(_bytes(entry, depth + 1) for entry in content.values())
-    raise LoadError(f"plan.json: {short(spec)} does not describe an input")
+    raise LoadError(f"plan.json: {quoted(spec)} does not describe an input")
 
 
 def is_tensor(content: Any) -> bool:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rbpfx.errors import LoadError, SaveError
+from rbpfx.files import flush, sha256
 from rbpfx.saving.schema import MAX_PLAN_BYTES, PLAN, PROGRAM, WEIGHTS, SavedPlan, Stamp
 
 _NEW = ".new"
-_CHUNK = 2**20
 
 Write = Callable[[Path], object]
 
@@ -40,10 +40,10 @@ def publish(
         try:
             for name, write in data.items():
                 write(_aside(directory, name))
-                _flush(_aside(directory, name))
+                flush(_aside(directory, name))
             stamps = {name: _stamp(_aside(directory, name)) for name in data}
             _aside(directory, PLAN).write_text(plan(stamps).to_json(), encoding="utf-8")
-            _flush(_aside(directory, PLAN))
+            flush(_aside(directory, PLAN))
         except BaseException:
             _discard(directory)
             raise
@@ -52,33 +52,38 @@ def publish(
         raise SaveError(f"the network cannot be saved in {str(directory)!r}: {error}") from error
 
 
-def read(directory: Path) -> tuple[SavedPlan, bytes]:
-    """The plan and the weights of a saved network.
+def read_plan(directory: Path) -> SavedPlan:
+    """The plan of a saved network; its files are checked when they are read.
 
     Raises:
         LoadError: There is none, or it is damaged.
     """
-    refusals = []
-    for plan_file in (directory / PLAN, _aside(directory, PLAN)):
-        try:
-            plan = _read_plan(plan_file)
-            return plan, read_file(directory, plan, WEIGHTS)
-        except LoadError as error:
-            refusals.append(error)
-    raise refusals[0]
+    return _interrupted(directory) or _read_plan(directory / PLAN)
 
 
-def read_file(directory: Path, plan: SavedPlan, name: str) -> bytes:
+def read_file(directory: Path, plan: SavedPlan, name: str, most: int | None = None) -> bytes:
     """The content of a file of a saved network, as its plan knows it.
 
+    Args:
+        directory: Where it was saved.
+        plan: Its plan.
+        name: Name of the file, one of `plan.files`.
+        most: Most bytes that are read, if there is a limit.
+
     Raises:
-        LoadError: It is missing, truncated or another one.
+        LoadError: It is missing, truncated, another one or larger.
     """
     stamp = plan.files[name]
+    if most is not None and stamp.size > most:
+        raise LoadError(
+            f"{name} in {str(directory)!r} has {stamp.size} bytes, and what the plan leads to "
+            f"takes {most} at most: the two do not belong together. Save the network again"
+        )
     for path in (directory / name, _aside(directory, name)):
         try:
-            if path.is_file() and path.stat().st_size == stamp.size:
-                content = path.read_bytes()
+            if _has_size(path, stamp.size):
+                with path.open("rb") as file:
+                    content = file.read(stamp.size)
                 if hashlib.sha256(content).hexdigest() == stamp.sha256:
                     return content
         except (OSError, MemoryError) as error:
@@ -91,7 +96,7 @@ def read_file(directory: Path, plan: SavedPlan, name: str) -> bytes:
 
 def _read_plan(path: Path) -> SavedPlan:
     try:
-        if not path.is_file():
+        if not path.is_file():  # nor a pipe, which would never end
             raise LoadError(f"there is no saved network in {str(path.parent)!r}: no {path.name}")
         with path.open("rb") as file:
             return SavedPlan.from_json(file.read(MAX_PLAN_BYTES + 1))
@@ -101,22 +106,35 @@ def _read_plan(path: Path) -> SavedPlan:
 
 def _settle(directory: Path) -> None:
     """Complete a save that was interrupted while files took their places, or discard it."""
-    if _aside(directory, PLAN).exists() and not _is_complete(directory, directory / PLAN):
-        new = _aside(directory, PLAN)
-        if _is_complete(directory, new):
-            _take_places(directory, _read_plan(new).files)
+    plan = _interrupted(directory)
+    if plan is not None:
+        _take_places(directory, plan.files)
     _discard(directory)
 
 
-def _is_complete(directory: Path, plan_file: Path) -> bool:
-    """Whether all files of a plan are there."""
+def _interrupted(directory: Path) -> SavedPlan | None:
+    """The plan of a save that was interrupted while files took their places, if one was."""
+    new = _aside(directory, PLAN)
+    if os.path.exists(new) and _complete(directory, directory / PLAN) is None:
+        return _complete(directory, new)
+    return None
+
+
+def _complete(directory: Path, plan_file: Path) -> SavedPlan | None:
+    """A plan, if all of its files are there."""
     try:
         plan = _read_plan(plan_file)
-        for name in plan.files:
-            read_file(directory, plan, name)
-    except LoadError:
-        return False
-    return True
+        for name, stamp in plan.files.items():
+            places = (directory / name, _aside(directory, name))
+            if not any(_has_size(path, stamp.size) and _stamp(path) == stamp for path in places):
+                return None
+    except (LoadError, OSError):
+        return None
+    return plan
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _take_places(directory: Path, data: Mapping[str, object]) -> None:
@@ -141,16 +159,7 @@ def _aside(directory: Path, name: str) -> Path:
 
 
 def _stamp(path: Path) -> Stamp:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return Stamp(digest.hexdigest(), path.stat().st_size)
+    return Stamp(sha256(path), path.stat().st_size)
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-__all__ = ["publish", "read", "read_file"]
+__all__ = ["publish", "read_file", "read_plan"]

@@ -11,7 +11,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from reprlib import repr as short
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -21,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from rbpfx.errors import LoadError, RbpfxError
+from rbpfx.parsing import quoted
+from rbpfx.surroundings import generators_kept
 
 # Argument -> its largest value (ours: what published models have, and some room).
 _COUNTS = {"num_classes": 2**16, "in_chans": 2**10, "img_size": 2**12, "image_size": 2**12}
@@ -75,13 +76,15 @@ class Library:
         name, question, query = rest.partition("?")
         if library not in _BUILDERS or not colon or not name:
             raise LoadError(
-                f"{short(text)} names no model of a library; write for example "
+                f"{quoted(text)} names no model of a library; write for example "
                 "'torchvision:resnet18?num_classes=10' or 'timm:resnet18'"
             )
         try:
             pairs = parse_qsl(query, strict_parsing=True, max_num_fields=16) if question else []
         except ValueError as error:
-            raise LoadError(f"{short(text)}: the arguments cannot be read: {error}") from error
+            raise LoadError(
+                f"{quoted(text)}: the arguments cannot be read: {quoted(str(error))}"
+            ) from error
         return cls(library, name, {key: _argument(key, value) for key, value in pairs})
 
     def build(self) -> nn.Module:
@@ -94,8 +97,8 @@ class Library:
         size = sum(t.nbytes for t in (*skeleton.parameters(), *skeleton.buffers()))
         if size > MAX_BYTES:
             raise LoadError(
-                f"{self} has {size} bytes of weights, and models by name may have {MAX_BYTES}; "
-                "pass the model to rbpfx.load"
+                f"{quoted(str(self))} has {size} bytes of weights, and models by name may have "
+                f"{MAX_BYTES}; pass the model to rbpfx.load"
             )
         return self._made()
 
@@ -110,14 +113,15 @@ class Library:
 
     def _made(self) -> nn.Module:
         try:
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            with generators_kept(torch.device("cpu")), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of builders, about initial values
                 return _BUILDERS[self.library](self.name, dict(self.arguments))
         except RbpfxError:
             raise
         except Exception as error:
             raise LoadError(
-                f"{self} cannot be built: {short(str(error))}; pass the model to rbpfx.load"
+                f"{quoted(str(self))} cannot be built: {quoted(str(error))}; pass the model to "
+                "rbpfx.load"
             ) from error
 
 
@@ -129,7 +133,7 @@ def _argument(name: str, text: str) -> int | bool:
             return int(text)
     allowed = ", ".join((*(f"{n} up to {most}" for n, most in _COUNTS.items()), *sorted(_FLAGS)))
     raise LoadError(
-        f"argument {short(name)}={short(text)} is not allowed; allowed are {allowed} (True or "
+        f"argument {quoted(name)}={quoted(text)} is not allowed; allowed are {allowed} (True or "
         "False). Pass the model to rbpfx.load instead"
     )
 
@@ -138,7 +142,7 @@ def _torchvision(name: str, arguments: dict[str, Any]) -> nn.Module:
     import torchvision
 
     if name not in torchvision.models.list_models():
-        raise LoadError(f"torchvision has no model {short(name)}")
+        raise LoadError(f"torchvision has no model {quoted(name)}")
     builder = torchvision.models.get_model_builder(name)
     known = inspect.signature(builder).parameters
     no_weights = {key: value for key, value in _NO_WEIGHTS.items() if key in known}
@@ -152,7 +156,7 @@ def _timm(name: str, arguments: dict[str, Any]) -> nn.Module:
     except ImportError as error:
         raise LoadError("the package timm is needed: pip install timm") from error
     if not timm.is_model(name):
-        raise LoadError(f"timm has no model {short(name)}")
+        raise LoadError(f"timm has no model {quoted(name)}")
     model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
     return model
 

@@ -1,8 +1,8 @@
 """Load: a fresh instance of the original is captured, sliced as planned, and gets the weights.
 
 Files may come from strangers. Nothing in them is executed, and nothing is allocated that is not
-bounded: by the size of the files themselves, by the model that the caller passes, or by the
-limits on example inputs and on arguments of library models.
+bounded: by the model that the caller passes, or by the limits on plan.json, on example inputs and
+on library models. The weights are read last, when it is known how large they can be.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from reprlib import repr as short
 
 import safetensors.torch
 import torch
@@ -23,14 +22,19 @@ from rbpfx.graph.capture import trace
 from rbpfx.graph.device import device_of
 from rbpfx.graph.groups import analyze
 from rbpfx.graph.slicing import rewrite
+from rbpfx.parsing import quoted
 from rbpfx.plan import PruningPlan
-from rbpfx.saving.files import read, read_file
+from rbpfx.saving.files import read_file, read_plan
 from rbpfx.saving.save import all_tensors
-from rbpfx.saving.schema import PROGRAM, SavedPlan
+from rbpfx.saving.schema import PROGRAM, WEIGHTS, SavedPlan
+from rbpfx.surroundings import usual_modes
+
+_ENTRY_BYTES = 1024  # of a tensor in the header of safetensors, but for its name: ours, and ample
 
 Model = nn.Module | ExportedProgram | Callable[[], nn.Module | ExportedProgram]
 
 
+@usual_modes()
 def load(
     directory: str | os.PathLike[str],
     model: Model | None = None,
@@ -65,13 +69,16 @@ def load(
         >>> model = load("pruned", resnet18)  # doctest: +SKIP
     """
     directory = Path(directory)
-    plan, weights = read(directory)
+    plan = read_plan(directory)
     try:
         if model is None and plan.library is None and trusted and PROGRAM in plan.files:
-            program = torch.export.load(BytesIO(read_file(directory, plan, PROGRAM)))
+            content = BytesIO(read_file(directory, plan, PROGRAM))
+            with torch.device("cpu"):  # whatever the default device is
+                program = torch.export.load(content)
             return trace(program).eval().to("cpu" if device is None else device)
         original = _original(plan, model)
         network = _rebuilt(plan, original)
+        weights = read_file(directory, plan, WEIGHTS, most=_most_bytes(network))
         _take(network, _tensors(weights), plan.tied)
         _set_modes(network, plan.training)
         where = device_of(original)
@@ -125,18 +132,27 @@ def _rebuilt(plan: SavedPlan, original: nn.Module) -> nn.Module:
     if found != plan.groups:
         name = next(n for n in {**found, **plan.groups} if found.get(n) != plan.groups.get(n))
         raise LoadError(
-            f"the analysis finds other channel groups than when the network was saved: {name!r} "
-            f"has {found.get(name, 'no')} units here and {plan.groups.get(name, 'none')} there. "
-            "Was a rule registered then (rbpfx.register_rule), or is rbpfx of another version?"
+            "the analysis finds other channel groups than when the network was saved: "
+            f"{quoted(name)} has {found.get(name, 'no')} units here and "
+            f"{plan.groups.get(name, 'none')} there. Was a rule registered then "
+            "(rbpfx.register_rule), or is rbpfx of another version?"
         )
     return rewrite(gm, analysis, PruningPlan(plan.kept))
+
+
+def _most_bytes(network: nn.Module) -> int:
+    """Most bytes that the weights of a network take: in float64, with their names escaped."""
+    return _ENTRY_BYTES + sum(
+        _ENTRY_BYTES + 6 * len(name) + max(8, tensor.itemsize) * tensor.numel()
+        for name, tensor in all_tensors(network)
+    )
 
 
 def _tensors(content: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(content)
     except Exception as error:
-        raise LoadError(f"weights.safetensors is damaged: {error}") from error
+        raise LoadError(f"weights.safetensors is damaged: {quoted(str(error))}") from error
 
 
 def _take(network: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
@@ -152,8 +168,8 @@ def _take(network: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, 
         name = min(odd)
         places = ("file", "network") if name in tensors else ("network", "file")
         raise LoadError(
-            f"weights.safetensors does not fit: {name!r} is in the {places[0]} but not in the "
-            f"{places[1]}"
+            f"weights.safetensors does not fit: {quoted(name)} is in the {places[0]} but not in "
+            f"the {places[1]}"
         )
     parameters: dict[str, nn.Parameter] = {}
     for name, old in owners.items():
@@ -188,7 +204,7 @@ def _set_modes(network: nn.Module, training: Sequence[str]) -> None:
     unknown = in_train_mode - modules.keys()
     if unknown:
         raise LoadError(
-            f"plan.json: the network has no module {short(min(unknown))} to be in train mode"
+            f"plan.json: the network has no module {quoted(min(unknown))} to be in train mode"
         )
     for name, module in modules.items():
         module.training = name in in_train_mode

@@ -23,6 +23,7 @@ from rbpfx.saving.architecture import (
 )
 from rbpfx.saving.examples import DTYPES, build_inputs, describe_inputs
 from rbpfx.saving.library import Library, candidates
+from rbpfx.surroundings import seeded
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class Origin:
         model = self._with_dtypes(model)
         self._require_same(Architecture(state_table(model), self.architecture.operators), model)
         device = device_of(model)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
+        with seeded(0, torch.device("cpu")):
             inputs = build_inputs(self.inputs, device)
             gm = trace(model, inputs, leaf_modules=self.leaf_modules)
         self._require_same(describe(gm), model)
@@ -97,6 +97,7 @@ class Origin:
 
     def _is(self, library: Library) -> bool:
         try:
+            library = Library.parse(str(library))  # within the limits on arguments
             # The skeleton is quick to build, and does away with most of them.
             if _shapes(state_table(library.skeleton())) != _shapes(self.architecture.tensors):
                 return False

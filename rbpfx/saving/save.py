@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from rbpfx.errors import LoadError, SaveError
 from rbpfx.graph.capture import bind_inputs, evaluating
 from rbpfx.graph.device import device_of
-from rbpfx.graph.parts import count_examples
+from rbpfx.graph.examples import count_examples
 from rbpfx.graph.slicing import rewrite
 from rbpfx.saving.examples import build_inputs, require_savable
 from rbpfx.saving.files import Write, publish

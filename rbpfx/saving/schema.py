@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from reprlib import repr as short
 from typing import Any, NamedTuple
 
 from rbpfx.errors import LoadError, SaveError
+from rbpfx.parsing import MAX_PLAN_BYTES, parse_json, quoted
 from rbpfx.saving.architecture import Architecture
 from rbpfx.saving.examples import check_inputs, is_tensor
 from rbpfx.saving.library import Library
@@ -25,8 +25,6 @@ from rbpfx.saving.origin import Origin
 FORMAT = "rbpfx pruned network"
 VERSION = 1
 PLAN, WEIGHTS, PROGRAM = "plan.json", "weights.safetensors", "network.pt2"
-MAX_PLAN_BYTES = 2**26
-"""Most bytes that a plan.json may have (ours; that of a ResNet-152 has some 200 KB)."""
 
 
 class Stamp(NamedTuple):
@@ -70,7 +68,7 @@ class SavedPlan:
         """The file's text.
 
         Raises:
-            SaveError: The network is too large to be described.
+            SaveError: It could not be read back: the network is too large to be described, say.
         """
         original, architecture = self.original, self.original.architecture
         content: dict[str, Any] = {
@@ -86,8 +84,10 @@ class SavedPlan:
             },
         }
         text = _lines({**content, "checksum": checksum(content)})
-        if len(text) > MAX_PLAN_BYTES:
-            raise SaveError(f"plan.json would be larger than {MAX_PLAN_BYTES} bytes")
+        try:
+            SavedPlan.from_json(text)
+        except LoadError as error:
+            raise SaveError(f"the network could not be loaded again: {error}") from error
         return text
 
     @classmethod
@@ -97,24 +97,22 @@ class SavedPlan:
         Raises:
             LoadError: The text is no plan, is damaged, or is of another version.
         """
-        if len(text) > MAX_PLAN_BYTES:
-            raise LoadError(f"plan.json is larger than {MAX_PLAN_BYTES} bytes")
         try:
-            content = json.loads(text, parse_constant=_refuse)
-        except (ValueError, RecursionError) as error:
-            raise LoadError(f"plan.json is truncated or damaged: {error}") from error
+            content = parse_json(text)
+        except ValueError as error:
+            raise LoadError(
+                f"plan.json is truncated, damaged or no plan of rbpfx: {error}. Save the network "
+                "again"
+            ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise LoadError(f"plan.json is no {FORMAT}: its field 'format' says something else")
         if content.get("version") != VERSION or type(content["version"]) is not int:
             raise LoadError(
-                f"plan.json has format version {short(content.get('version'))} and was written by "
-                f"rbpfx {short(content.get('rbpfx'))}; this rbpfx reads version {VERSION}. Use the "
-                "version of rbpfx that wrote it"
+                f"plan.json has format version {quoted(content.get('version'))} and was written by "
+                f"rbpfx {quoted(content.get('rbpfx'))}; this rbpfx reads version {VERSION}. Use "
+                "the version of rbpfx that wrote it"
             )
-        try:
-            expected = checksum({k: v for k, v in content.items() if k != "checksum"})
-        except (ValueError, RecursionError) as error:
-            raise LoadError(f"plan.json is damaged: {error}") from error
+        expected = checksum({k: v for k, v in content.items() if k != "checksum"})
         if content.get("checksum") != expected:
             raise LoadError(
                 "plan.json was changed after it was written: its checksum differs. Save the "
@@ -122,7 +120,7 @@ class SavedPlan:
             )
         for name, check in _CHECKS.items():
             if name not in content or not check(content[name]):
-                raise LoadError(f"plan.json: field {name!r} is {short(content.get(name))}")
+                raise LoadError(f"plan.json: field {name!r} is {quoted(content.get(name))}")
         return _built(content)
 
 
@@ -135,7 +133,7 @@ def _built(content: dict[str, Any]) -> SavedPlan:
     original = content["original"]
     for name, check in _ORIGINAL_CHECKS.items():
         if name not in original or not check(original[name]):
-            raise LoadError(f"plan.json: field {name!r} is {short(original.get(name))}")
+            raise LoadError(f"plan.json: field {name!r} is {quoted(original.get(name))}")
     check_inputs(original["inputs"])
     architecture = Architecture(
         {name: (kind, dtype, tuple(s)) for name, (kind, dtype, s) in original["tensors"].items()},
@@ -148,7 +146,7 @@ def _built(content: dict[str, Any]) -> SavedPlan:
         ascending = all(a < b for a, b in pairwise(units))
         if not units or not ascending or units[0] < 0 or units[-1] >= groups.get(name, 0):
             raise LoadError(
-                f"plan.json: the kept units of group {short(name)} are not ascending numbers from "
+                f"plan.json: the kept units of group {quoted(name)} are not ascending numbers from "
                 f"0 to below its size, {groups.get(name)}"
             )
     library = content["library"]
@@ -180,17 +178,19 @@ def checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number in JSON")
-
-
 # -- checks of single fields --------------------------------------------------------------------
 
 Check = Callable[[Any], bool]
+_LONGEST_LINE = 240  # ours
 
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _line(value: Any) -> bool:
+    """What may be shown in a terminal as it is."""
+    return _text(value) and len(value) <= _LONGEST_LINE and value.isprintable()
 
 
 def _count(value: Any) -> bool:
@@ -225,9 +225,9 @@ def _stamp(value: Any) -> bool:
 
 
 _CHECKS: dict[str, Check] = {
-    "rbpfx": _text,
-    "torch": _text,
-    "method": _text,
+    "rbpfx": _line,
+    "torch": _line,
+    "method": _line,
     "library": lambda value: value is None or isinstance(value, str),
     "original": lambda value: isinstance(value, dict),
     "groups": _mapping_of(_count),
@@ -239,11 +239,11 @@ _CHECKS: dict[str, Check] = {
 }
 _ORIGINAL = ("model", "inputs", "leaf_modules", "analysis")
 _ORIGINAL_CHECKS: dict[str, Check] = {
-    "model": _text,
+    "model": _line,
     "inputs": lambda value: True,  # by `check_inputs`
     "leaf_modules": _list_of(_text),
     "analysis": lambda value: (
-        _mapping_of(_text)(value) and value.keys() == {"unit", "attention", "normalization"}
+        _mapping_of(_line)(value) and value.keys() == {"unit", "attention", "normalization"}
     ),
     "sha256": _text,
     "tensors": _mapping_of(_tensor),

@@ -24,6 +24,7 @@ from rbpfx.graph.parts import captured_parts
 from rbpfx.saving.architecture import constructed, is_plain
 from rbpfx.saving.definitions import Definitions
 from rbpfx.saving.save import distinct
+from rbpfx.surroundings import generators_kept
 
 _NUMBERED = re.compile(r'getattr\((self(?:\.\w+|\[\d+\])+), "(\d+)"\)')
 # Larger constants come with the weights only (ours).
@@ -281,9 +282,12 @@ def _shortened(
 
 def _failure(module: nn.Module, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
     """Why a constructor with these arguments does not make such a module; None if it does."""
+    signature = inspect.signature(type(module).__init__).parameters
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            twin = type(module)(**arguments)
+        # Numbers that are not written out shall not depend on the default dtype of the reader.
+        explicit = {"dtype": torch.float32} if "dtype" in signature else {}
+        with torch.device("meta"), generators_kept(torch.device("cpu")):
+            twin = type(module)(**{**explicit, **arguments})
         for name, value in own.items():
             setattr(twin, name, value)
     except Exception as error:

@@ -41,7 +41,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor: Tensor, low: float, high: float) -> Tensor:
-        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        values = torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
         return (values * (high - low) + low).to(tensor)
 
     statistics = ((n, b) for n, b in module.named_buffers() if "running_" in n)
@@ -197,7 +197,8 @@ def check_multipliers(compiled: Compiled, inputs: Inputs, seed: int) -> None:
     """Constants at the reads are folded into the weights there."""
     generator = torch.Generator().manual_seed(seed)
     multipliers = {
-        group.name: torch.rand(group.size, generator=generator, dtype=torch.float64) + 0.5
+        group.name: torch.rand(group.size, generator=generator, dtype=torch.float64, device="cpu")
+        + 0.5
         for group in compiled.analysis.groups
         if group.foldable
     }
@@ -279,9 +280,9 @@ def _outputs_and_gradients(
     # A leaf may not be modified in place, which the first operator of a network may do.
     outputs = _tensors(network(*(x * 1.0 if x.requires_grad else x for x in leaves)))
     generator = torch.Generator().manual_seed(0)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for output in outputs:
-        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        weight = torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu")
         total = total + (output * weight).sum()
     if total.requires_grad:
         total.backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ class Decisions:
         selection: Chooses units by score, within a budget if there is one.
         method: The method that the gates are of.
         sharpness: How decided gates count towards a budget at the start.
+        mean: The mean of a tensor over all processes, for scores that are measured in each.
 
     Attributes:
         scores: Group name -> score of every unit, once it is hardened; those of removed units
@@ -31,13 +32,19 @@ class Decisions:
     """
 
     def __init__(
-        self, gates: Sequence[Gate], selection: Selection, method: Method, sharpness: float
+        self,
+        gates: Sequence[Gate],
+        selection: Selection,
+        method: Method,
+        sharpness: float,
+        mean: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
         self.gates = gates
         self.selection = selection
         self.method = method
         self.budget = selection.training_budget
         self.sharpness = sharpness
+        self.mean = mean
         self.scores: dict[str, Values] = {}
         self.needed: dict[str, Units] = {}
         self.multipliers: dict[str, Tensor] = {}
@@ -51,6 +58,8 @@ class Decisions:
         waiting = any(gate.phase is Phase.WAITING for gate in self.gates)
         if self.budget is None or (waiting and self.method.decides):
             return {}
+        for gate in self.gates:
+            gate.average(self.mean)
         scores = {
             gate.group: self.scores[gate.group]
             if gate.group in self.scores

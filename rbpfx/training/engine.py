@@ -7,7 +7,7 @@ optimiser step is carried out is decided here, for all of them alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from rbpfx.errors import InputError, RbpfxError
+from rbpfx.graph.examples import count_examples
 from rbpfx.graph.products import recomputing
 from rbpfx.methods import Phase
 from rbpfx.training.layout import has_images, keep_layout, to_channels_last
 from rbpfx.training.settings import PRECISIONS, Training, Update
-from rbpfx.training.task import Task, batch_size, to_device
+from rbpfx.training.task import Task, to_device
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
 """Of a group of parameters: what optimisers and torch's schedulers call their learning rates."""
@@ -84,6 +85,7 @@ class Stepper:
         self.schedulers = schedulers
         self.teacher = teacher
         self.penalty = penalty
+        self.strategy = settings.spread
         self._dtype = PRECISIONS[settings.precision]
         self._scaler = _scaler(task.device) if self._dtype == torch.float16 else None
         wanted = settings.channels_last
@@ -101,6 +103,7 @@ class Stepper:
             self._network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
             gates = [m for m in model.modules() if isinstance(getattr(m, "phase", None), Phase)]
             self._uncompiled = {gate: torch.compiler.disable(gate.forward) for gate in gates}
+        self._network = self.strategy.wrap(self._network)
 
     def step(self, batches: Sequence[Any]) -> Losses:
         """One step of every optimiser.
@@ -117,19 +120,20 @@ class Stepper:
                 not call `update` exactly once.
         """
         self._forget_gradients()
-        sizes = [batch_size(batch) for batch in batches]
+        sizes = [count_examples(batch) for batch in batches]
         total = _Total()
         for place, (batch, size) in enumerate(zip(batches, sizes, strict=True), start=1):
             share = size / sum(sizes) if sum(sizes) else 1 / len(sizes)
             last = place == len(batches)
-            self._micro_step(batch, lambda loss: self._add(loss, share, total, last))  # noqa: B023
+            with nullcontext() if last else self.strategy.unsynchronized(self._network):
+                self._micro_step(batch, lambda loss: self._add(loss, share, total, last))  # noqa: B023
         assert total.losses is not None
         return total.losses
 
     def state_dict(self) -> dict[str, Any]:
         """The state of optimisers, schedulers and gradient scaler."""
         return {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [self.strategy.optimizer_state(self.model, o) for o in self.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
@@ -137,7 +141,7 @@ class Stepper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Return to a state."""
         for optimizer, its_state in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(its_state)
+            self.strategy.load_optimizer_state(self.model, optimizer, its_state)
         for scheduler, its_state in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(its_state)
         if self._scaler is not None:
@@ -160,6 +164,14 @@ class Stepper:
         update = _Once(add)
         try:
             self._forward(batch, update)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"BatchNorm cannot be trained on this batch: {error}. A batch of one example has "
+                "no variance; make batches larger, and leave out a last one of one example "
+                "(DataLoader(drop_last=True))"
+            ) from error
         except RuntimeError as error:
             # `view` refuses the layout, which the user may not even know of.
             if not self._on_trial or update.calls or "view" not in str(error):
@@ -195,7 +207,8 @@ class Stepper:
             if last:
                 penalty = loss.new_zeros(()) if self.penalty is None else self.penalty()
                 objective = objective + penalty
-                total.losses = _measured(total.data, penalty.detach())
+                both = _measured(total.data, penalty.detach())
+                total.losses = Losses(*self.strategy.mean(both))
                 if not isfinite(float(sum(total.losses))):
                     self._forget_gradients()
                     raise NumericalFault("the loss is not a finite number")
@@ -212,7 +225,7 @@ class Stepper:
     def _backward(self, loss: Tensor) -> None:
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
-        loss.backward()
+        self.strategy.backward(loss)
 
     def _update(self) -> None:
         """Clip, and step optimisers and schedulers."""
@@ -305,11 +318,10 @@ def _require_trainable(loss: Tensor) -> None:
         )
 
 
-def _measured(data: Tensor, penalty: Tensor) -> Losses:
-    """Both losses, brought to the CPU together: waiting for a device twice takes twice as long."""
+def _measured(data: Tensor, penalty: Tensor) -> Tensor:
+    """Both losses, `(2,)`, brought to the CPU together: waiting twice takes twice as long."""
     dtype = torch.promote_types(data.dtype, penalty.dtype)
-    both = torch.stack([data.to(dtype), penalty.to(data.device, dtype)]).cpu()
-    return Losses(both[0], both[1])
+    return torch.stack([data.to(dtype), penalty.to(data.device, dtype)]).cpu()
 
 
 def _has_gradients(optimizer: Optimizer) -> bool:

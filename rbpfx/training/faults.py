@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from rbpfx.surroundings import generators_kept
 from rbpfx.training.task import Task
 
 
@@ -44,9 +45,8 @@ def locate(model: nn.Module, batch: Any, task: Task) -> str | None:
         return hook
 
     handles = [m.register_forward_hook(look(name)) for name, m in model.named_modules() if name]
-    devices = [task.device] if task.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with generators_kept(task.device), torch.no_grad():
             loss = task.loss(model, batch)
     except Exception:
         return None

@@ -20,6 +20,7 @@ from rbpfx.training.interruption import Interruption
 from rbpfx.training.layout import keeping_layout
 from rbpfx.training.loop import steps_per_epoch
 from rbpfx.training.safeguard import Safeguard
+from rbpfx.training.strategy import Strategy
 from rbpfx.training.stream import Stream
 from rbpfx.training.task import Loader, Task
 
@@ -101,19 +102,21 @@ def finetune(
     training = training or Training()
     per_epoch = steps_per_epoch(loader, training.accumulate)
     steps = round(settings.epochs * per_epoch)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    if steps == 0 or not weights:
+    if steps == 0 or not any(p.requires_grad for p in model.parameters()):
         return ""
+    strategy = training.spread
+    strategy.require_same("the number of batches in an epoch", per_epoch)
+    network = strategy.distribute(model)
+    weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = _optimizer(settings, weights)
     schedule = _scheduler(settings, optimizer, steps)
-    run = _Run(model, steps)
+    run = _Run(network, steps, strategy)
     with keeping_modes(model), keeping_layout(model):
         stepper = Stepper(
-            model, task, training, [optimizer], schedulers=[schedule], teacher=teacher
+            network, task, training, [optimizer], schedulers=[schedule], teacher=teacher
         )
         safeguard = Safeguard(
             run,
-            model,
             stepper,
             Stream(loader, training.accumulate, task.device),
             place=lambda: ("fine-tuning", " of the fine-tuning"),
@@ -128,15 +131,19 @@ def finetune(
             run.step += 1
             report(run.step, steps, float(losses.data))
             safeguard.passed(milestone=run.step % per_epoch == 0)
+        if network is not model:
+            model.load_state_dict(strategy.state(network))
+        strategy.synchronize(model)  # the statistics of BatchNorm
     return "" if run.finished else f"after step {run.step} of {steps} of the fine-tuning"
 
 
 class _Run:
     """A fine-tuning under way."""
 
-    def __init__(self, model: nn.Module, steps: int) -> None:
-        self.model = model
+    def __init__(self, network: nn.Module, steps: int, strategy: Strategy) -> None:
+        self.network = network
         self.steps = steps
+        self.strategy = strategy
         self.step = 0
 
     @property
@@ -144,11 +151,11 @@ class _Run:
         return self.step == self.steps
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "network": self.model.state_dict()}
+        return {"step": self.step, "network": self.strategy.state(self.network)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.model.load_state_dict(state["network"])
+        self.strategy.load_state(self.network, state["network"])
 
 
 def _optimizer(settings: FineTune, weights: list[nn.Parameter]) -> Optimizer:

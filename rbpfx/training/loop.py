@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import isfinite
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rbpfx.graph.capture import evaluating
@@ -49,7 +49,13 @@ def still_finite(model: nn.Module, batch: Any, task: Task) -> bool:
 
 
 @torch.no_grad()
-def refresh_batchnorm(model: nn.Module, loader: Loader, task: Task, max_batches: int = 64) -> None:
+def refresh_batchnorm(
+    model: nn.Module,
+    loader: Loader,
+    task: Task,
+    max_batches: int = 64,
+    mean: Callable[[Tensor], Tensor] = lambda values: values,
+) -> None:
     """Estimate BatchNorm statistics anew as plain averages over training batches.
 
     Args:
@@ -57,6 +63,7 @@ def refresh_batchnorm(model: nn.Module, loader: Loader, task: Task, max_batches:
         loader: Training batches.
         task: Runs the batches.
         max_batches: How many batches are averaged at most.
+        mean: The mean of a tensor over all processes, which see different batches.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
@@ -70,6 +77,10 @@ def refresh_batchnorm(model: nn.Module, loader: Loader, task: Task, max_batches:
         try:
             for batch in batches(loader, min(max_batches, steps_per_epoch(loader))):
                 task.loss(model, batch)
+            for norm in norms:
+                for statistic in (norm.running_mean, norm.running_var):
+                    if statistic is not None:
+                        statistic.copy_(mean(statistic))
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,7 +107,12 @@ class RecursiveTraining:
         self.teacher = teacher
         self.training = training or Training()
         self.gates: list[Gate] = noise_gates(noisy)
-        self.decisions = Decisions(self.gates, selection, method, settings.sharpness[0])
+        self.strategy = self.training.spread
+        for gate in self.gates:
+            gate.processes = (self.strategy.rank, self.strategy.processes)
+        self.decisions = Decisions(
+            self.gates, selection, method, settings.sharpness[0], self.strategy.mean
+        )
         aware = settings.cost_aware and method.cost_weighted
         self.weights = unit_weights(selection, self.gates, aware)
         self.strength = settings.strength if settings.strength is not None else method.strength
@@ -147,7 +153,8 @@ class RecursiveTraining:
         settings = self.settings
         per_epoch = steps_per_epoch(loader, self.training.accumulate)
         steps = max(round(settings.epochs * per_epoch), len(self.gates))
-        examples = examples_in(loader)
+        self.strategy.require_same("the number of batches in an epoch", per_epoch)
+        examples = sum(self.strategy.gather(examples_in(loader)))
         self._schedule = Schedule.plan(len(self.gates), steps, settings)
         patience = max(round(settings.patience * per_epoch), 1)
         self._evidence = Evidence(patience, settings.tolerance)
@@ -162,7 +169,6 @@ class RecursiveTraining:
         )
         safeguard = Safeguard(
             self,
-            self.noisy,
             stepper,
             Stream(loader, self.training.accumulate, self.task.device),
             place=lambda: (self._group(), f", with group {self._group()!r} at the front"),
@@ -183,6 +189,7 @@ class RecursiveTraining:
                 gate.update()
             hardened = self._end_step(losses, strength, report)
             safeguard.passed(milestone=hardened or self.step % per_epoch == 0)
+        self.strategy.synchronize(self.noisy)  # the statistics of BatchNorm
         if self.finished:
             return ""
         return f"after step {self.step} of {self._schedule.steps} of the noise training"
@@ -205,6 +212,7 @@ class RecursiveTraining:
                     self.task.loss(self.noisy, batch).backward()
             self.noisy.zero_grad(set_to_none=True)
         self.decisions.harden_all()
+        self._require_agreement()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the training has changed, but for its optimisers."""
@@ -272,6 +280,8 @@ class RecursiveTraining:
             self.history.append({**asdict(reached), "group": self._group()})
             logger.info("step %d: hardened %s", self.step + 1, self._group())
             self.front += 1
+        if hardens:
+            self._require_agreement()
         if recorded:
             self.curves.point(self.step + 1, cost=reached.cost, open_gates=reached.open_gates)
         if due(self.step + 1, steps, MOMENTS):
@@ -281,6 +291,12 @@ class RecursiveTraining:
         if report is not None:
             report(reached)
         return hardens
+
+    def _require_agreement(self) -> None:
+        """All processes decided alike."""
+        needed = self.decisions.needed
+        kept = {name: np.flatnonzero(units).tolist() for name, units in needed.items()}
+        self.strategy.require_same("what is kept", kept)
 
     def _group(self) -> str:
         """The group at the front, or the last one."""

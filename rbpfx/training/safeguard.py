@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+import torch
 
 from rbpfx.checkpoints import Checkpoints, random_state, set_random_state
 from rbpfx.checkpoints.encoding import Encoded, decode, encode
@@ -64,7 +64,6 @@ class Safeguard:
 
     Args:
         training: What is trained.
-        model: Its network.
         stepper: Carries out its steps.
         stream: Its batches.
         place: The stage of an error now, and where that is, in words that follow a step.
@@ -79,7 +78,6 @@ class Safeguard:
     def __init__(
         self,
         training: Trained,
-        model: nn.Module,
         stepper: Stepper,
         stream: Stream,
         *,
@@ -89,8 +87,8 @@ class Safeguard:
         interruption: Interruption | None = None,
     ) -> None:
         self.training = training
-        self.model = model
         self.stepper = stepper
+        self.strategy = stepper.strategy
         self.stream = stream
         self.place = place
         self.advice = advice
@@ -121,12 +119,13 @@ class Safeguard:
         try:
             self._group = self.stream.take()
         except InputError:
-            # A loader whose workers got the signal to stop as well.
-            if not self.interruption.requested:
+            alone = self.strategy.processes == 1  # the others are carrying out the step
+            if alone and self.interruption.requested:  # the loader's workers got the signal too
+                self._stop()
+                return None
+            if alone:
                 self._write(self._taken())
-                raise
-            self._stop()
-            return None
+            raise
         try:
             losses = self.stepper.step(self._group)
             self._require_bounded(float(losses.data))
@@ -149,22 +148,31 @@ class Safeguard:
         Raises:
             DivergenceError: A fault that a good state and lower learning rates do not help.
         """
-        finished = self.training.finished
-        if finished and not still_finite(self.model, self._group[-1], self.stepper.task):
-            self._set_back("the last step left a network whose loss is not a finite number")
-        elif finished:
-            self._write(self._taken())
-        elif self.interruption.requested:
+        if self.training.finished:
+            if self._still_finite():
+                self._write(self._taken())
+            else:
+                self._set_back("the last step left a network whose loss is not a finite number")
+            return
+        stop, due = self._wishes()
+        if stop:
             self._stop()
-        elif milestone or self._is_due():
+        elif milestone or due:
             self._pending = self._taken()
             self._saved = time.monotonic()
 
-    def _is_due(self) -> bool:
-        return (
-            self.checkpoints is not None
-            and time.monotonic() - self._saved >= self.checkpoints.interval
-        )
+    def _still_finite(self) -> bool:
+        finite = still_finite(self.stepper.model, self._group[-1], self.stepper.task)
+        return all(self.strategy.gather(finite))
+
+    def _wishes(self) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether an interval has passed in one."""
+        if self.checkpoints is None:
+            return False, False
+        due = time.monotonic() - self._saved >= self.checkpoints.interval
+        wishes = torch.tensor([float(self.interruption.requested), float(due)], device="cpu")
+        stop, due = (self.strategy.mean(wishes) > 0).tolist()
+        return stop, due
 
     def _stop(self) -> None:
         self.stopped = True
@@ -175,12 +183,16 @@ class Safeguard:
         state = {
             "training": self.training.state_dict(),
             "stepper": self.stepper.state_dict(),
-            "stream": self.stream.state_dict(),
-            "random": random_state(self.stream.loader, self.stream.device),
+            "processes": self.strategy.gather(
+                {
+                    "stream": self.stream.state_dict(),
+                    "random": random_state(self.stream.loader, self.stream.device),
+                }
+            ),
             "setbacks": self._setbacks,
             "first loss": self._first_loss,
         }
-        return _Saved(self.training.step, encode(state))
+        return _Saved(self.training.step, encode(state, self.checkpoints is not None))
 
     def _resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""
@@ -191,9 +203,10 @@ class Safeguard:
             return
         self._return_to(state)
         self._setbacks, self._first_loss = state["setbacks"], state["first loss"]
+        own = state["processes"][self.strategy.rank]
         if not self.training.finished:
-            self.stream.load_state_dict(state["stream"])
-        set_random_state(state["random"], self.stream.loader, self.stream.device)
+            self.stream.load_state_dict(own["stream"])
+        set_random_state(own["random"], self.stream.loader, self.stream.device)
         logger.info("resumed the %s at step %d", self.checkpoints.stage, self.training.step)
 
     def _return_to(self, state: dict[str, Any]) -> None:
@@ -215,8 +228,9 @@ class Safeguard:
         """Return to the last good state and lower the learning rates; the second time, give up."""
         step = self.training.step + 1
         stage, place = self.place()
-        bad = bad_batch(self._group)
-        cause = bad or locate(self.model, self._group[-1], self.stepper.task)
+        bad = _first(self.strategy.gather(bad_batch(self._group)))
+        found = locate(self.stepper.model, self._group[-1], self.stepper.task)
+        cause = bad or _first(self.strategy.gather(found))
         self._return_to(decode(self._good.state))
         self._pending = None
         reason = f"{reason} at step {step}{place}" + (f": {cause}" if cause else "")
@@ -232,8 +246,12 @@ class Safeguard:
             + ("Check what the loader yields." if bad else self.advice),
             stage=stage,
             step=step,
-            model=self.model,
+            model=self.stepper.model,
         )
+
+
+def _first(found: list[str | None]) -> str | None:
+    return next(filter(None, found), None)
 
 
 __all__ = ["Safeguard", "Trained"]

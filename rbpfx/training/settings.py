@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rbpfx.errors import RbpfxError
+from rbpfx.training.strategy import Strategy, default_strategy
 
 Update: TypeAlias = Callable[[Tensor], None]
 TrainStep: TypeAlias = Callable[[nn.Module, Any, Update], Any]
@@ -49,6 +50,8 @@ class Training:
             no limit.
         train_step: Called as `train_step(model, batch, update)` for every batch, in train mode and
             under autocast. With `accumulate`, weights change with the last batch of a step only.
+        strategy: How training is spread over processes; None for `rbpfx.Distributed` if
+            `torch.distributed` is initialised, as under torchrun, and for one process otherwise.
     """
 
     precision: str = "float32"
@@ -57,6 +60,7 @@ class Training:
     accumulate: int = 1
     clip_norm: float | None = None
     train_step: TrainStep | None = None
+    strategy: Strategy | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -73,3 +77,10 @@ class Training:
             raise RbpfxError(f"clip_norm={self.clip_norm!r} must be positive, or None")
         if self.train_step is not None and not callable(self.train_step):
             raise RbpfxError("train_step must be callable as train_step(model, batch, update)")
+        if self.strategy is not None and not isinstance(self.strategy, Strategy):
+            raise RbpfxError(f"strategy={self.strategy!r} must be an rbpfx.Strategy, or None")
+
+    @property
+    def spread(self) -> Strategy:
+        """The strategy, or the one that is taken by default."""
+        return self.strategy or default_strategy()

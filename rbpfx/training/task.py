@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from rbpfx.errors import InputError
 from rbpfx.graph.capture import ExampleInputs, call_with, evaluating
+from rbpfx.graph.examples import count_examples
 
 Loader: TypeAlias = Iterable[Any]
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -156,7 +156,8 @@ def split_pair(batch: Any) -> tuple[Any, Any]:
 def to_device(batch: Any, device: torch.device) -> Any:
     """A nested batch with all tensors on a device."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        moved = batch.to(device, non_blocking=True)
+        return moved.clone() if moved.is_inference() else moved
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -167,29 +168,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def examples_in(loader: Loader) -> int:
-    """How many training examples a loader has: N of the evidence lower bound.
+    """How many training examples a loader has, in this process.
 
-    The size of its data set if it tells, else a count of one pass.
+    The size of its data set, or of its share of it, if it tells; else a count of one pass.
     """
-    dataset = getattr(loader, "dataset", None)
+    dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
+    if hasattr(sampler, "num_replicas") and isinstance(sampler, Sized):
+        return len(sampler)
     if isinstance(dataset, Sized):
-        return len(dataset)
-    return sum(batch_size(batch) for batch in loader)
-
-
-def batch_size(batch: Any) -> int:
-    """Number of examples in a nested batch.
-
-    The length of its first tensor that has axes; of the list, where the batch begins with one of
-    images of their own sizes, as detectors take them.
-    """
-    if isinstance(batch, Mapping):
-        batch = dict(batch)
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if isinstance(first, list) and first and isinstance(first[0], Tensor) and first[0].ndim:
-        return len(first)
-    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
-    return next((len(tensor) for tensor in tensors), 1)
+        shards = getattr(getattr(loader, "batch_sampler", None), "num_processes", 1)
+        return -(-len(dataset) // shards)
+    return sum(count_examples(batch) for batch in loader)
 
 
 def _is_tuple(output: Any) -> bool:

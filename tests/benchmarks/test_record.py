@@ -1,6 +1,7 @@
 """Records of results survive an interruption; deadlines expire."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         record.add("b", {"error": 2.5})
     assert list(Record(path).rows) == ["a"]

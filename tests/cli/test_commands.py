@@ -11,8 +11,9 @@ import torch
 import rbpfx
 from rbpfx.cli import models
 from rbpfx.cli import prune as pruning
+from rbpfx.training.engine import Stepper
 
-from .conftest import SMALL, Run, make_photos
+from .conftest import SMALL, Run, equal, make_photos
 
 # -- prune --------------------------------------------------------------------------------------
 
@@ -48,6 +49,24 @@ def test_prune_torchvision_on_an_image_folder(run: Run, work: Path) -> None:
     assert rbpfx.count_macs(network) == report["pruned"]["macs"]
 
 
+def test_prune_goes_on_from_checkpoints(
+    run: Run, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(models.find_model("nets:small").build().state_dict(), "w.pt")
+    arguments = ("prune", "nets:small", "--weights", "w.pt", "--data", "digits", "--macs", "0.5")
+    arguments = (*arguments, "--epochs", "0.5", "--recovery-epochs", "0.5", "--force", "--quiet")
+    arguments = (*arguments, "--checkpoint-dir", "checkpoints")
+    assert run(*arguments, "--out", "first").code == 0
+    assert list(Path("checkpoints").glob("fine-tuning-*.safetensors"))
+    monkeypatch.setattr(Stepper, "step", lambda *_: pytest.fail("it trains again"))
+    assert run(*arguments, "--out", "second").code == 0
+    networks = [rbpfx.load(d, models.find_model("nets:small").build()) for d in ("first", "second")]
+    assert equal(*networks)
+    assert (
+        "recovery was FineTune" in run(*arguments, "--recovery-lr", "0.1", "--out", "third").error
+    )
+
+
 def test_an_earlier_network_is_not_lost(run: Run, saved: Path) -> None:
     before = (saved / "plan.json").read_bytes()
     assert "there is a plan.json in 'pruned' already; give --force" in run(*SMALL).error
@@ -63,8 +82,7 @@ def test_an_earlier_network_is_not_lost(run: Run, saved: Path) -> None:
         (("--out", "nets.py/there"), "cannot be written"),
         (("--weights", "w.pt"), "the weights 'w.pt' cannot be read"),
         (("--data", "imagefolder:nowhere"), "there is no folder"),
-        (("--macs", "0"), "must be positive"),
-        (("--recovery-lr", "-1"), "lr must be positive"),
+        (("--augment", "flip"), "--augment flip goes with imagefolder:"),
         (("--data", "torchvision:FakeData?image_size=(3,8,8)"), "does not run on the data's first"),
     ],
 )
@@ -84,6 +102,9 @@ def test_faults_are_found_before_training(
         ("--round-to", "0"),
         ("--val-share", "1"),
         ("--batch-size", "0"),
+        ("--macs", "0"),
+        ("--recovery-lr", "-1"),
+        ("--augment", "mixup"),
     ],
 )
 def test_wrong_options(wrong: tuple[str, str], run: Run) -> None:
@@ -199,6 +220,7 @@ def test_report_as_a_page(run: Run, saved: Path, work: Path) -> None:
     assert "pruned by rbpfx" in run("report", "pruned", "--write", "report.html").out
     assert (work / "report.html").read_text().lower().startswith("<!doctype html>")
     assert ".html" in run("report", "pruned", "--write", "report.doc").error
+    assert "cannot be written" in run("report", "pruned", "--write", "nets.py/report.html").error
 
 
 def test_report_of_nothing(run: Run, work: Path) -> None:

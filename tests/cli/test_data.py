@@ -99,6 +99,7 @@ def test_loaders_of_the_user(text: str, has_val: bool, work: Path) -> None:
     ("text", "words"),
     [
         ("photos", "names no data; write imagefolder:DIR"),
+        ("empty", "'empty' is a folder; write imagefolder:empty"),
         ("imagefolder:", "names no data"),
         ("imagefolder:nowhere", "there is no folder 'nowhere'"),
         ("imagefolder:empty", "is no image folder"),
@@ -131,6 +132,31 @@ def test_failures_while_reading_are_errors_of_the_data(work: Path) -> None:
     (work / "photos/a/0.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="cannot identify image file"):
         list(opened("imagefolder:photos", replace(OPTIONS, val_share=0.0)).train)
+
+
+@pytest.mark.parametrize("folder", ["photos", "photos/train"])
+def test_training_images_are_augmented_and_others_are_not(folder: str, work: Path) -> None:
+    make_photos(work / folder)
+    make_photos(work / "photos/val", count=2) if folder == "photos/train" else None
+
+    def images(data: Data, part: str) -> Tensor:
+        return torch.cat([batch for batch, _ in getattr(data, part)])
+
+    plain = opened("imagefolder:photos")
+    torch.manual_seed(0)
+    changed = opened("imagefolder:photos", replace(OPTIONS, augment="crop-flip"))
+    assert torch.equal(images(changed, "val"), images(plain, "val"))
+    assert images(changed, "train").shape == images(plain, "train").shape
+    known = images(plain, "train")
+    assert any(not (image == known).flatten(1).all(1).any() for image in images(changed, "train"))
+    assert changed.classes == plain.classes == 2
+
+
+@pytest.mark.parametrize("text", ["digits", "nets:loader"])
+def test_only_images_that_we_read_are_augmented(text: str, work: Path) -> None:
+    opened(text, replace(OPTIONS, augment="none"))
+    with pytest.raises(InputError, match="--augment crop goes with imagefolder: and torchvision:"):
+        opened(text, replace(OPTIONS, augment="crop"))
 
 
 def classifier(outputs: int) -> nn.Module:

@@ -136,7 +136,9 @@ def test_a_wrong_target_is_noticed_before_any_training(
     monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     monkeypatch.setattr(demo, "train_digits", lambda *_, **__: pytest.fail("it was trained"))
-    assert "must be positive" in run("demo", "--macs", "0").error
+    ran = run("demo", "--macs", "0")
+    assert ran.code == 2
+    assert "Invalid value for '--macs'" in ran.err
 
 
 def test_as_a_module(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from rbpfx import LoadError
 from rbpfx.cli.models import find_model, trained_model
+from rbpfx.saving import library
 
 from .conftest import equal
 
@@ -54,6 +55,17 @@ def test_a_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fail)
     with pytest.raises(LoadError, match="the weights DEFAULT of torchvision:resnet18: no network"):
         trained_model(find_model("torchvision:resnet18"), "DEFAULT")
+
+
+def test_remedies_are_those_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    remedy = r"; name a function that makes the model instead: module\.path:factory$"
+    with pytest.raises(LoadError, match=f"'foo'='1' is not allowed.*{remedy}"):
+        find_model("torchvision:resnet18?foo=1")
+    with pytest.raises(LoadError, match=f"cannot be built: .*{remedy}"):
+        find_model("torchvision:resnet18?img_size=3").build()
+    monkeypatch.setattr(library, "MAX_BYTES", 10)
+    with pytest.raises(LoadError, match=f"bytes of weights.*{remedy}"):
+        find_model("torchvision:squeezenet1_1").build()
 
 
 def test_random_weights_have_to_be_asked_for() -> None:
@@ -134,6 +146,7 @@ def test_factories() -> None:
         ("torchvision:resnet18?depth=3", "argument 'depth'='3' is not allowed"),
         ("nowhere:small", "there is no module 'nowhere', neither in the current directory"),
         ("nets:large", "module 'nets' has no attribute 'large'"),
+        ("nets:smal", "; did you mean small"),
         ("nets:fails", "calling nets:fails failed: ValueError: no way"),
         ("nets:number", "gives a int, not a torch.nn.Module"),
         ("broken:net", "importing broken failed: SyntaxError"),

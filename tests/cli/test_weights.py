@@ -97,6 +97,7 @@ def test_no_weights_at_all(content: object, words: str, work: Path) -> None:
 def test_files_that_cannot_be_read(name: str, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="cannot be read"):
         load_weights(network(), tmp_path / name)
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(LoadError, match="cannot be read"):
-        load_weights(network(), tmp_path / name)
+    for damaged in (b"", b"hello", b"\x80\x02"):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(LoadError, match="no file of weights, or damaged"):
+            load_weights(network(), tmp_path / name)

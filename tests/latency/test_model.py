@@ -160,6 +160,19 @@ def test_a_single_table_for_every_group_if_coupling_is_too_dense() -> None:
     assert total(full, tables) == pytest.approx(model.seconds(model.sizes))
 
 
+def test_operators_of_many_groups_are_evaluated_once_at_the_base() -> None:
+    _, analysis = captured("resnet18")
+    model = LatencyModel(analysis, times=StairTimes())
+    node = max(model.nodes, key=lambda n: len(n.groups))
+    asked: list[tuple[int, ...]] = []
+    seconds = node.seconds
+    node.seconds = lambda widths, times: asked.append(tuple(widths)) or seconds(widths, times)
+    base = model.sizes - 1
+    model.tables([np.array([g.size // 2, g.size]) for g in analysis.groups], base, joint=1)
+    assert asked.count(tuple(base)) == 2  # the constant table, and what the others differ from
+    assert len(asked) == 2 + 2 * len(node.groups)
+
+
 def test_another_batch_size() -> None:
     _, analysis = captured("resnet18")
     times = [

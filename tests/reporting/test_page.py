@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rbpfx import Front, InputError, Report
+from rbpfx import Front, InputError, Report, reporting
 from rbpfx.reporting import render_html, render_summary
 from rbpfx.reporting.charts import line_chart, ticks
 from rbpfx.reporting.markup import Markup, element, shortened
@@ -174,6 +174,22 @@ def test_the_suffix_chooses_the_format(report: Report, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_html(report)
     with pytest.raises(InputError, match=r"not 'report\.docx'"):
         report.write(tmp_path / "report.docx")
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.svg"])
+def test_an_interrupted_write_leaves_the_old_file(
+    name: str, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text("old")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for renderer in ("render_html", "render_picture"):
+        monkeypatch.setattr(reporting, renderer, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.write(tmp_path / name)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "old")]
 
 
 def test_text_is_escaped_unless_it_is_markup() -> None:

@@ -59,7 +59,7 @@ def architecture(model: nn.Module, images: Tensor = IMAGES) -> Architecture:
         (lambda: Net(slope=0.2), "leaky_relu"),
         (lambda: Net(eps=1e-3), "BatchNorm2d"),
         (lambda: Net(p=0.2), "Dropout"),
-        (Swapped, "`%4 = mean(%3, 1, keepdim=True) -> (2, 1, 8, 8)` here"),
+        (Swapped, "'%4 = mean(%3, 1, keepdim=True) -> (2, 1, 8, 8)' here"),
         (lambda: Net().double(), "'conv.weight' is a parameter of float32"),
     ],
 )

@@ -1,4 +1,4 @@
-"""plan.json from strangers: whatever it says, nothing but a LoadError comes out."""
+"""plan.json: every field is checked; what mutations of it do is in `test_hostile.py`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import rbpfx
-from rbpfx import LoadError
-from rbpfx.saving import examples, library, schema
+from rbpfx import LoadError, parsing
+from rbpfx.saving import examples, library
 from rbpfx.saving.schema import SavedPlan
 from tests.saving.results import edit_plan, halved, sealed
 from tests.toy import ShortcutNet, stripes
 
 IMAGES = stripes()[0][0]
-CASES = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 @pytest.fixture(scope="module")
@@ -39,92 +35,11 @@ def text(saved: Path) -> str:
     return (saved / "plan.json").read_text()
 
 
-def load_with(saved: Path, content: bytes) -> None:
-    """Load a network of which only plan.json is another; anything but a LoadError goes through."""
-    file = saved / "plan.json"
-    before = file.read_bytes()
-    file.write_bytes(content)
-    try:
-        assert isinstance(rbpfx.load(saved, ShortcutNet), nn.Module)
-    except LoadError as error:
-        assert str(error)
-    finally:
-        file.write_bytes(before)
-
-
-@CASES
-@given(data=st.data())
-def test_random_bytes_are_refused(saved, data) -> None:
-    content = bytearray((saved / "plan.json").read_bytes())
-    start = data.draw(st.integers(0, len(content)))
-    stop = data.draw(st.integers(start, min(len(content), start + 40)))
-    content[start:stop] = data.draw(st.binary(max_size=40))
-    load_with(saved, bytes(content))
-
-
-@CASES
+@settings(max_examples=300, deadline=None)
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_refused(saved, content) -> None:
     with pytest.raises(LoadError):
         SavedPlan.from_json(content)
-
-
-def odd_values(data: st.DataObject) -> Any:
-    """JSON that is likely to hit something."""
-    odd = [None, True, False, -1, 0, 1, 0.5, 10**12, 2**64, 10**4000, "", "weight", "\ud800"]
-    odd += [[], {}, [[]], [10**12], {"tensor": ["float32", [10**12]]}, "../../etc/passwd"]
-    odd += ["torchvision:resnet18?num_classes=65536", "timm:hf-hub:x/y", 1e308, ["float32", []]]
-    leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-    trees = st.recursive(leaves, lambda c: st.lists(c) | st.dictionaries(st.text(), c))
-    return data.draw(st.sampled_from(odd) | trees)
-
-
-def mutated(content: Any, data: st.DataObject) -> None:
-    """Change something, anywhere."""
-    place = content
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        if not keys:
-            return
-        key = data.draw(st.sampled_from(keys))
-        deeper = isinstance(place[key], (dict, list)) and len(place[key])
-        if not deeper or data.draw(st.integers(0, 2)) == 0:
-            break
-        place = place[key]
-    action = data.draw(st.sampled_from(["replace", "replace", "delete", "add"]))
-    if action == "delete":
-        del place[key]
-    elif action == "replace":
-        place[key] = odd_values(data)
-    elif isinstance(place, dict):
-        place[data.draw(st.text())] = odd_values(data)
-    else:
-        place.insert(data.draw(st.integers(0, len(place))), odd_values(data))
-
-
-def resealed(content: dict[str, Any]) -> str:
-    """The text of a plan whose hashes fit, as far as they can."""
-    try:
-        original = content["original"]
-        table = {n: (k, d, tuple(s)) for n, (k, d, s) in original["tensors"].items()}
-        operators = tuple(original["operators"])
-        original["sha256"] = rbpfx.saving.architecture.Architecture(table, operators).sha256
-    except (KeyError, TypeError, ValueError, AttributeError):
-        pass
-    return sealed(content)
-
-
-@settings(CASES, max_examples=200)
-@given(data=st.data())
-def test_well_made_lies_are_refused_or_harmless(saved, data) -> None:
-    content = json.loads((saved / "plan.json").read_text())
-    for _ in range(data.draw(st.integers(1, 3))):
-        mutated(content, data)
-    try:
-        lie = resealed(content)
-    except ValueError:  # no JSON: numbers of more than 4300 digits
-        return
-    load_with(saved, lie.encode("utf-8", "surrogatepass"))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +63,7 @@ def test_odd_json(content) -> None:
 
 
 def test_the_file_is_not_read_beyond_its_limit(saved, monkeypatch) -> None:
-    monkeypatch.setattr(schema, "MAX_PLAN_BYTES", 100)
+    monkeypatch.setattr(parsing, "MAX_PLAN_BYTES", 100)
     monkeypatch.setattr(rbpfx.saving.files, "MAX_PLAN_BYTES", 100)
     with pytest.raises(LoadError, match="larger than 100 bytes"):
         rbpfx.load(saved, ShortcutNet)

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from rbpfx import InputError
+from rbpfx.graph.examples import count_examples
 from rbpfx.training.task import (
     AUXILIARY_WEIGHT,
     Task,
-    batch_size,
     classification_loss,
     distillation_loss,
     examples_in,
@@ -171,15 +171,15 @@ class TestBatches:
         ],
     )
     def test_size(self, batch: object) -> None:
-        assert batch_size(batch) == 7
+        assert count_examples(batch) == 7
 
     @pytest.mark.parametrize("batch", [torch.tensor(1.0), [], {}, "text", None, ["a", "b"]])
     def test_size_without_a_tensor(self, batch: object) -> None:
-        assert batch_size(batch) == 1
+        assert count_examples(batch) == 1
 
     def test_a_list_of_images_counts_its_images(self) -> None:
         images = [torch.zeros(3, 8, 9), torch.zeros(3, 7, 7)]
-        assert batch_size((images, [{"labels": torch.zeros(4)}] * 2)) == 2
+        assert count_examples((images, [{"labels": torch.zeros(4)}] * 2)) == 2
 
     def test_examples(self) -> None:
         dataset = TensorDataset(torch.zeros(10, 2))

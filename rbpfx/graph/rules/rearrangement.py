@@ -86,7 +86,7 @@ class PerAxis(Rule):
 
     def order(self, node: fx.Node, gm: fx.GraphModule, dim: int, shape: tuple[int, ...]) -> Atoms:
         """Which index of an axis every index of it in the result comes from: by running it."""
-        probe = torch.arange(float(shape[dim]))
+        probe = torch.arange(float(shape[dim]), device="cpu")
         result = call_on(
             node, gm, probe.reshape([-1 if d == dim else 1 for d in range(len(shape))])
         )
