@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +309,15 @@ class TestRefusal:
         assert not prune(dense, None, recovery=recovery).report.interrupted
 
 
+@pytest.fixture
+def default_sigint() -> Iterator[None]:
+    """What processes do that no shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_sigint")
 class TestCtrlC:
     @pytest.mark.parametrize("step", [1, 7, 11])
     def test_once_in_the_noise_training(self, dense, whole, tmp_path: Path, step: int) -> None:

@@ -449,10 +449,6 @@ class TestErrors:
         with pytest.raises(InputError, match="the loss of the model is nan before anything"):
             prune(dense, [(x * float("nan"), y) for x, y in BATCHES])
 
-    def test_gradients_switched_off(self, dense) -> None:
-        with torch.no_grad(), pytest.raises(InputError, match=r"under torch\.no_grad\(\)"):
-            prune(dense)
-
     def test_a_loss_without_a_gradient(self, dense) -> None:
         with pytest.raises(InputError, match="does not depend on the network"):
             prune(dense, loss_fn=lambda output, target: F.cross_entropy(output.detach(), target))

@@ -150,7 +150,7 @@ def test_a_plan_of_an_earlier_version_has_a_report_without_curves(run: Run) -> N
 
 
 def test_a_missing_plan_is_named(tmp_path: Any) -> None:
-    with pytest.raises(LoadError, match=r"plan\.json cannot be read"):
+    with pytest.raises(LoadError, match=r"no plan\.json"):
         Report.load(tmp_path)
 
 

@@ -67,7 +67,7 @@ def held() -> dict[str, int]:
     hooks = [v for name, v in vars(nn.modules.module).items() if name.endswith("hooks")]
     return {
         "tensors": len(tensors),
-        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "bytes": sum(t.nbytes for t in tensors if all(type(n) is int for n in t.shape)),
         "modules": sum(issubclass(kind, nn.Module) for kind in kinds),
         "graphs": sum(issubclass(kind, fx.Graph) for kind in kinds),
         "nodes": sum(issubclass(kind, fx.Node) for kind in kinds),

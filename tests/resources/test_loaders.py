@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from rbpfx import FineTune
+from rbpfx import FineTune, InputError
 from tests.resources.common import BATCHES, open_files, prune, require_same, toy
 
 pytestmark = [
@@ -74,9 +74,11 @@ def test_what_went_wrong_in_a_worker_can_be_read() -> None:
     message = ""
     try:
         prune(model, loader=loader(Failing()))
-    except OSError as error:
+    except InputError as error:
         message = str(error)
-        traceback.clear_frames(error.__traceback__)  # collected as garbage, workers take 5 s each
+        assert isinstance(error.__cause__, OSError)
+        for raised in (error, error.__cause__):
+            traceback.clear_frames(raised.__traceback__)  # as garbage, workers take 5 s each
     assert "in DataLoader worker process" in message
     assert "example 90 is damaged" in message and "__getitem__" in message
     assert multiprocessing.active_children() == []

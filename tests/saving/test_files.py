@@ -54,7 +54,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, module: object, name: str, call: i
 
 
 STEPS = [(os, "replace", call) for call in range(3)] + [
-    (files, name, call) for name, calls in (("_flush", 3), ("_stamp", 2)) for call in range(calls)
+    (files, name, call) for name, calls in (("flush", 3), ("_stamp", 2)) for call in range(calls)
 ]
 
 
@@ -88,7 +88,7 @@ def test_a_crash_leaves_the_old_or_the_new(result, tmp_path, monkeypatch, step, 
 def test_two_crashes_in_a_row(result, tmp_path, monkeypatch, call) -> None:
     result.save(tmp_path)
     seen = [outputs(result.model, IMAGES)[0]]
-    for module, name, at in ((os, "replace", 1), (files, "_flush", call)):
+    for module, name, at in ((os, "replace", 1), (files, "flush", call)):
         seen.append(changed(result)[1])
         with monkeypatch.context() as context:
             crash_at(context, module, name, at)
@@ -106,7 +106,7 @@ def test_an_error_leaves_no_trace(result, tmp_path, monkeypatch) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as context:
-        context.setattr(files, "_flush", full)
+        context.setattr(files, "flush", full)
         with pytest.raises(SaveError, match="no space left"):
             result.save(tmp_path)
     assert torch.equal(loaded(tmp_path), before)

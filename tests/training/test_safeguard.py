@@ -169,8 +169,9 @@ class TestWhere:
 
     def test_no_random_numbers_are_drawn(self) -> None:
         batch = (torch.ones(3, 2), torch.zeros(3, dtype=torch.long))
+        model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
         state = torch.get_rng_state()
-        locate(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), batch, Task())
+        locate(model, batch, Task())
         assert torch.equal(torch.get_rng_state(), state)
 
 
