@@ -18,8 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
@@ -138,6 +136,8 @@ class Distributed(Strategy):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model in `DistributedDataParallel`; gates that wait have no gradient."""
+        from torch.nn.parallel import DistributedDataParallel
+
         if not any(p.requires_grad for p in model.parameters()):
             return model
         device = device_of(model)
@@ -228,7 +228,11 @@ class Sharded(Distributed):
         return model if isinstance(model, FSDPModule) else super().wrap(model)
 
     def distribute(self, model: nn.Module) -> nn.Module:
-        """A copy of the model in parts."""
+        """A copy of the model in parts.
+
+        Raises:
+            DistributedError: The processes talk over a gloo that cannot average gradients.
+        """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -236,6 +240,7 @@ class Sharded(Distributed):
 
         if not any(p.requires_grad for p in model.parameters()):
             return model
+        _require_averages(device_of(model))
         copy = copy_model(model, {})
         mesh = init_device_mesh(device_of(model).type, (self.processes,))
         for layer in _called_layers(copy):
@@ -290,8 +295,23 @@ def _called_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in called if m not in read and any(True for _ in m.parameters())]
 
 
+def _require_averages(device: torch.device) -> None:
+    """A gloo of torch 2.8 sums where it is asked for the mean, and training would not notice."""
+    mean = torch.empty(1, device=device)
+    ones = torch.ones(dist.get_world_size(), device=device)
+    with _talking():
+        dist.reduce_scatter_tensor(mean, ones, op=dist.ReduceOp.AVG)
+    if mean.item() != 1:
+        raise DistributedError(
+            f"the {dist.get_backend()} of torch {torch.__version__} adds gradients up where FSDP2 "
+            "asks for their mean; take a newer torch, or rbpfx.Distributed()"
+        )
+
+
 def _put_together(state: dict[str, Any]) -> dict[str, Any]:
     """A nested state with whole tensors in place of those in parts."""
+    from torch.distributed.tensor import DTensor
+
     with _talking():
         whole: dict[str, Any] = tree_map_only(DTensor, lambda t: t.full_tensor(), state)
     return whole
@@ -299,6 +319,8 @@ def _put_together(state: dict[str, Any]) -> dict[str, Any]:
 
 def _part(value: Any, like: Tensor) -> Any:
     """Of a whole tensor the part that belongs here, if `like` is in parts and of its shape."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
     if not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
