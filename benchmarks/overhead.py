@@ -183,7 +183,7 @@ class Pair:
 
     def peak(self, train: Callable[[Loader], None]) -> int:
         """The most bytes allocated in a few steps."""
-        return peak_allocated(lambda: _until_enough(train, Steps(self, MEMORY_STEPS)), self.device)
+        return peak_allocated(lambda: until_enough(train, Steps(self, MEMORY_STEPS)), self.device)
 
 
 class Enough(Exception):
@@ -233,11 +233,11 @@ class Steps:
 def times(pair: Pair, count: int) -> tuple[list[float], list[float]]:
     """Seconds of steps without and with noise, in turns; the first ones are not counted."""
     loader = Steps(pair, WARM_UP + count, pair.plain_step())
-    _until_enough(pair.train_noisy, loader)
+    until_enough(pair.train_noisy, loader)
     return loader.turns[WARM_UP:], loader.steps[WARM_UP:]
 
 
-def _until_enough(train: Callable[[Loader], None], loader: Loader) -> None:
+def until_enough(train: Callable[[Loader], None], loader: Loader) -> None:
     try:
         train(loader)
     except (Enough, InputError) as error:  # what a loader raises comes wrapped from a training

@@ -117,6 +117,7 @@ def prune(
             epoch, and at intervals. The same call goes on from there, whatever ended the process;
             on the CPU it ends with the very network that it would have ended with. Ctrl-C then
             stops at the next step, saves, and returns the result so far; a second one ends it now.
+            SIGTERM saves and exits.
         checkpoint_interval: Seconds between two checkpoints at most, but for the time of a step.
 
     Returns:

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,20 @@ from tests.toy import ShortcutNet, stripes, trained
 BATCHES = stripes()
 STEPS = 12 + 6
 """Of the noise training and of the fine-tuning."""
+MORE_STEPS = (2, 5, 11, 15, 18)
+"""Where runs of the slow suite crash as well."""
+OPTIONS: list[dict[str, Any]] = [
+    {"method": "sbp"},
+    {"method": "bmrs-u", "target": None, "recursion": Recursion(2, decisions="epoch")},
+    {"method": "mackay", "recursion": Recursion(2, window=1)},
+    {"method": "auto-balanced"},
+    {"method": "taylor", "recursion": Recursion(2)},
+    {"method": "magnitude", "recursion": None},
+    {"target": None},
+    {"distill": True, "training": Training(accumulate=2)},
+    {"recovery": FineTune(1, optimizer=lambda w: torch.optim.AdamW(w, 1e-3))},
+    {"training": Training(precision="bfloat16", clip_norm=1.0)},
+]
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
@@ -124,7 +138,10 @@ class TestResume:
             2,
         ]
 
-    @pytest.mark.parametrize("step", [1, 2, 5, 6, 11, 12, 13, 15, 17, 18])
+    @pytest.mark.parametrize(
+        "step",
+        [1, 6, 12, 13, 17, *(pytest.param(step, marks=pytest.mark.slow) for step in MORE_STEPS)],
+    )
     def test_after_a_crash_at_any_step(self, dense, whole, tmp_path: Path, step: int) -> None:
         with pytest.raises(Crash):
             prune(dense, tmp_path, callback=At(step, crash))
@@ -153,22 +170,18 @@ class TestResume:
         assert seen[0].step == 7  # an epoch has six
 
     @pytest.mark.parametrize(
-        "options",
+        ("options", "step"),
         [
-            {"method": "sbp"},
-            {"method": "bmrs-u", "target": None, "recursion": Recursion(2, decisions="epoch")},
-            {"method": "mackay", "recursion": Recursion(2, window=1)},
-            {"method": "auto-balanced"},
-            {"method": "taylor", "recursion": Recursion(2)},
-            {"method": "magnitude", "recursion": None},
-            {"target": None},
-            {"distill": True, "training": Training(accumulate=2)},
-            {"recovery": FineTune(1, optimizer=lambda w: torch.optim.AdamW(w, 1e-3))},
-            {"training": Training(precision="bfloat16", clip_norm=1.0)},
+            pytest.param(
+                options,
+                step,
+                id=f"{'-'.join(options)}-{step}",
+                marks=[] if turn % 3 == place else pytest.mark.slow,
+            )
+            for turn, options in enumerate(OPTIONS)
+            for place, step in enumerate((3, 9, 14))
         ],
-        ids=lambda options: "-".join(options),
     )
-    @pytest.mark.parametrize("step", [3, 9, 14])
     def test_whatever_is_trained(self, dense, tmp_path, options: dict[str, Any], step: int) -> None:
         wanted = prune(dense, None, **options)
         at = At(step, crash)
@@ -192,7 +205,7 @@ class TestResume:
 
 class TestDamage:
     @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "gone"])
-    @pytest.mark.parametrize("step", [8, 15])
+    @pytest.mark.parametrize("step", [8, pytest.param(15, marks=pytest.mark.slow)])
     def test_the_one_before_is_taken(
         self, dense, whole, tmp_path: Path, caplog, damage: str, step: int
     ) -> None:
@@ -280,6 +293,13 @@ class TestRefusal:
         with pytest.raises(CheckpointError, match="model was"):
             prune(trained(ShortcutNet(), BATCHES), tmp_path)
 
+    def test_of_another_format(self, dense, tmp_path: Path, monkeypatch) -> None:
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            patch.setattr(store_module, "FORMAT", 99)
+            prune(dense, tmp_path, callback=At(8, crash))
+        with pytest.raises(CheckpointError, match="has format 99, and this rbpfx reads 1"):
+            prune(dense, tmp_path)
+
     def test_two_at_a_time(self, dense, tmp_path: Path) -> None:
         def again() -> None:
             with pytest.raises(CheckpointError, match="another process is working"):
@@ -309,15 +329,6 @@ class TestRefusal:
         assert not prune(dense, None, recovery=recovery).report.interrupted
 
 
-@pytest.fixture
-def default_sigint() -> Iterator[None]:
-    """What processes do that no shell has started in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("default_sigint")
 class TestCtrlC:
     @pytest.mark.parametrize("step", [1, 7, 11])
     def test_once_in_the_noise_training(self, dense, whole, tmp_path: Path, step: int) -> None:
@@ -347,6 +358,17 @@ class TestCtrlC:
         with pytest.raises(KeyboardInterrupt):
             prune(dense, tmp_path, callback=At(step, press_twice))
         assert same(prune(dense, tmp_path), whole)
+
+    def test_sigterm_saves_and_exits(self, dense, whole, tmp_path: Path) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        at = At(8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as caught:
+            prune(dense, tmp_path, callback=at, checkpoint_interval=1e9)
+        assert caught.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is before
+        seen: list[Progress] = []
+        assert same(prune(dense, tmp_path, callback=seen.append), whole)
+        assert len(seen) == STEPS - 8
 
     def test_without_checkpoints_it_is_what_it_always_was(self, dense) -> None:
         with pytest.raises(KeyboardInterrupt):

@@ -350,10 +350,12 @@ class TestLatency:
         def compare(baseline: nn.Module, model: nn.Module, inputs: Any, **_: Any) -> Comparison:
             return Comparison(*measure([baseline, model], inputs))
 
-        monkeypatch.setattr(rbpfx.result, "measure_latency", measure)
+        monkeypatch.setattr(rbpfx.emission, "measure_latency", measure)
         monkeypatch.setattr(rbpfx.latency.meter, "measure_latency", measure)
         monkeypatch.setattr(rbpfx.latency.meter, "compare_latency", compare)
-        monkeypatch.setattr(rbpfx.latency.model, "OperatorTimes", lambda _: StairTimes(block=1))
+        monkeypatch.setattr(
+            rbpfx.latency.meter, "OperatorTimes", lambda *_, **__: StairTimes(block=1)
+        )
         return sizes
 
     @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def decode(state: Encoded) -> Any:
     """What `encode` was given; all tensors are copies.
 
     Raises:
-        CheckpointError: It is nothing that `encode` writes.
+        ValueError: It is nothing that `encode` writes.
     """
 
     def decoded(value: Any) -> Any:
@@ -107,7 +107,7 @@ def decode(state: Encoded) -> Any:
     try:
         return decoded(state.content)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"the state is damaged: {error!r}") from error
+        raise ValueError(f"the state is damaged: {error!r}") from error
 
 
 __all__ = ["Encoded", "decode", "encode"]

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from rbpfx.checkpoints.encoding import Encoded, decode
 from rbpfx.errors import CheckpointError
@@ -41,6 +42,7 @@ ASIDE = ".aside-"
 CHECKSUM = 16
 """Hexadecimal digits of the checksum in a file's name."""
 
+_DAMAGES = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 _NAME = re.compile(
     rf"(?P<stage>[a-z-]+)-(?P<step>\d+)\.(?P<checksum>[0-9a-f]{{{CHECKSUM}}})\.safetensors"
 )
@@ -113,12 +115,11 @@ class Store:
         """
         for path in self._files(stage):
             try:
-                identity, state = _read(path)
-            except CheckpointError as error:
-                logger.warning("%s is damaged: %s; the one before is taken", path.name, error)
-                continue
-            self._require(identity, path)
-            return state
+                header, tensors = _read(path)
+                self._require(header, path)
+                return decode(Encoded(header["state"], tensors))
+            except _DAMAGES as error:
+                logger.warning("%s is damaged: %r; the one before is taken", path.name, error)
         return None
 
     @property
@@ -135,7 +136,13 @@ class Store:
                 found.append((int(match["step"]), path.stat().st_mtime_ns, path))
         return [path for *_, path in sorted(found, reverse=True)]
 
-    def _require(self, identity: dict[str, str], path: Path) -> None:
+    def _require(self, header: dict[str, Any], path: Path) -> None:
+        if header["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path.name} has format {header['format']}, and this rbpfx reads {FORMAT}. Go on "
+                "with the version that wrote it, or give another directory"
+            )
+        identity = header["identity"]
         changes = [
             f"{name} was {identity.get(name)} and is {self.identity.get(name)}"
             for name in {**self.identity, **identity}
@@ -196,20 +203,14 @@ class Checkpoints(NamedTuple):
         return self.strategy.first(work)
 
 
-def _read(path: Path) -> tuple[dict[str, str], Any]:
-    """What a checkpoint belongs to, and its state."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a checkpoint."""
     match = _NAME.fullmatch(path.name)
-    try:
-        if match is None or sha256(path)[:CHECKSUM] != match["checksum"]:
-            raise CheckpointError("its content is not what was written")
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["rbpfx"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if header["format"] != FORMAT:
-            raise CheckpointError(f"it has format {header['format']}, not {FORMAT}")
-        return header["identity"], decode(Encoded(header["state"], tensors))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"it cannot be read: {error!r}") from error
+    if match is None or sha256(path)[:CHECKSUM] != match["checksum"]:
+        raise ValueError("its content is not what was written")
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["rbpfx"]), tensors
 
 
 def _locked(directory: Path) -> IO[str]:

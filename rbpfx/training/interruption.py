@@ -1,4 +1,4 @@
-"""Ctrl-C: once to stop at the next step, twice to stop now."""
+"""Ctrl-C: once to stop at the next step, twice to stop now; and SIGTERM, to save and exit."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ class Interruption:
 
     Attributes:
         requested: It was.
+        terminated: By SIGTERM, as schedulers of clusters send it before they kill.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.terminated = False
 
 
 @contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Turn the first SIGINT inside into a request to stop; the second is a KeyboardInterrupt.
+    """Turn SIGTERM and the first SIGINT inside into requests to stop; the second is as usual.
 
     Outside of the main thread, which alone may listen to signals, nothing is ever requested.
     Processes that are forked inside (workers of a loader) do not listen: their parent decides.
@@ -40,16 +42,20 @@ def interruptible() -> Iterator[Interruption]:
     def listen(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:
             return
-        if interruption.requested:
+        if number == signal.SIGTERM:
+            interruption.terminated = True
+        elif interruption.requested:
             raise KeyboardInterrupt
+        else:
+            logger.warning("stopping at the next step; Ctrl-C again to stop now")
         interruption.requested = True
-        logger.warning("stopping at the next step; Ctrl-C again to stop now")
 
-    before = signal.signal(signal.SIGINT, listen)
+    before = {number: signal.signal(number, listen) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interruption
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 __all__ = ["Interruption", "interruptible"]

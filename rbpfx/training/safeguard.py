@@ -8,6 +8,7 @@ written, and a numerical fault sets the training back to the last one.
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -177,6 +178,8 @@ class Safeguard:
     def _stop(self) -> None:
         self.stopped = True
         self._write(self._taken())
+        if self.interruption.terminated:
+            raise SystemExit(128 + signal.SIGTERM)
 
     def _taken(self) -> _Saved:
         """The state as it is now."""

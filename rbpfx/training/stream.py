@@ -79,14 +79,13 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """The place; of a stateful loader its state."""
-        stateful = hasattr(self.loader, "state_dict") and hasattr(self.loader, "load_state_dict")
         return {
             "epoch": self.epoch,
             "taken": self.taken,
             "start": self._start,
             "before": self._before,
             "group": (len(self._group), fingerprint(self._group)),
-            "loader": self.loader.state_dict() if stateful and self._batches else None,  # type: ignore[attr-defined]
+            "loader": self._loader_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,6 +118,15 @@ class Stream:
                 self.epoch,
             )
             self.epoch, self.taken, self._batches = state["epoch"] - 1, 0, None
+
+    def _loader_state(self) -> Any:
+        """What a stateful loader says of its place; None if it is none."""
+        if self._batches is None or not hasattr(self.loader, "load_state_dict"):
+            return None
+        try:
+            return self.loader.state_dict()  # type: ignore[attr-defined]
+        except (AttributeError, NotImplementedError):
+            return None  # a wrapper that has the methods for loaders that have them
 
     def _begin(self, epoch: int) -> None:
         self._start = random_state(self.loader, self.device)

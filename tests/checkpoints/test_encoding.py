@@ -109,5 +109,5 @@ def test_what_is_not_written_may_be_anything() -> None:
     ids=str,
 )
 def test_damage_is_an_error(content: Any) -> None:
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         decode(Encoded([content], {}))

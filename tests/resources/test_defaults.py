@@ -6,6 +6,7 @@ The default device is "meta" here: whatever is made without saying where has no 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,20 @@ def usual() -> dict[str, PruningResult]:
     return {name: prune(model, method=name, target=HALF) for name, model in MODELS.items()}
 
 
+def adam_keeps_to_itself() -> bool:
+    """Whether the steps that Adam counts are elsewhere than the default device."""
+    weight = nn.Parameter(torch.ones(1, device="cpu"))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.Adam([weight])
+    with torch.device("meta"), suppress(RuntimeError):
+        optimizer.step()
+    return bool(optimizer.state[weight]["step"].device.type == "cpu")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_prune(usual: dict[str, PruningResult], default: str, method: str) -> None:
+    if default == "meta" and METHODS[method].trains and not adam_keeps_to_itself():
+        pytest.skip("the Adam of this torch counts its steps on the default device")
     result = prune(MODELS[method], method=method, target=HALF)
     if default == "meta":
         require_same(result, usual[method])

@@ -42,7 +42,7 @@ class Dropping(ShortcutNet):
         return nn.functional.dropout(super().features(x), 0.2, self.training)
 
 
-@pytest.mark.parametrize("method", ["rbp", "sbp"])
+@pytest.mark.parametrize("method", ["rbp", pytest.param("sbp", marks=pytest.mark.slow)])
 def test_prunes_at_once_are_the_prunes_one_by_one(method: str) -> None:
     models = []
     for seed in range(THREADS):
@@ -94,7 +94,7 @@ def half(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
     return gm.code, pruned.code, error, output
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_passes_are_exactly_deterministic(shared: bool) -> None:
     makers = (resnet18, mobilenet_v3_small)
     models = [makers[place % 2](num_classes=10).eval() for place in range(2 if shared else THREADS)]

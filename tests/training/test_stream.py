@@ -157,6 +157,22 @@ class TestReturn:
         assert taken(resumed, 6) == [4, 5, 6, 7, 8, 0]
         assert (resumed.epoch, resumed.taken) == (1, 1)
 
+    def test_a_wrapper_of_a_loader_without_a_state(self) -> None:
+        """As that of Accelerate, which has the methods for loaders that have them."""
+
+        class Wrapper(list[int]):
+            def state_dict(self) -> Any:
+                raise AttributeError("'DataLoader' object has no attribute 'dl_state_dict'")
+
+            def load_state_dict(self, state: Any) -> None:
+                raise AssertionError
+
+        stream = Stream(Wrapper(range(5)))
+        taken(stream, 3)
+        resumed = Stream(Wrapper(range(5)))
+        resumed.load_state_dict(decode(encode(stream.state_dict())))
+        assert taken(resumed, 3) == [3, 4, 0]
+
     @pytest.mark.parametrize("kind", ["other order", "fewer batches"])
     def test_a_loader_that_does_not_repeat_itself_starts_the_epoch(
         self, kind: str, caplog: pytest.LogCaptureFixture

@@ -17,6 +17,7 @@ def gathering(b: Builder, x: int) -> int | None:
     axis = b.rng.choice([1, n - 1])
     channels = [b.rng.randrange(shape[1]) for _ in range(4)]
     places = [b.rng.randrange(last) for _ in range(3)]
+    second = min(1, shape[2 if n == 3 else 1] - 1)
     functions: list[tuple[Function, Any]] = [
         (lambda v, i: v[:, i], channels),
         (lambda v, i: v.index_select(1, i), channels),
@@ -24,7 +25,7 @@ def gathering(b: Builder, x: int) -> int | None:
         (lambda v, i: v[..., i], places),
         (lambda v, i: v[:, :, i] if n == 3 else v[..., i], [places, places]),
         (lambda v, i: v[:, 0, ..., i] if n > 2 else v[..., i], places),
-        (lambda v, i: v[v.shape[0] - v.shape[0] :, :, i] if n == 3 else v[:, i], [0, 1]),
+        (lambda v, i: v[v.shape[0] - v.shape[0] :, :, i] if n == 3 else v[:, i], [0, second]),
     ]
     if b.rng.random() < 0.6:
         function, positions = b.rng.choice(functions)
