@@ -216,7 +216,8 @@ _HF: dict[str, tuple[str, str, dict[str, Any]]] = {
     "segformer": (
         "SegformerForSemanticSegmentation",
         "SegformerConfig",
-        {"hidden_sizes": [16, 32, 48, 64], "decoder_hidden_size": 32, "depths": [1, 1, 1, 1]}
+        {"hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4]}
+        | {"decoder_hidden_size": 32, "depths": [1, 1, 1, 1]}
         | {"drop_path_rate": 0.0},
     ),
     "clip_vision": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", _VISION),

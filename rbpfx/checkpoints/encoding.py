@@ -56,8 +56,9 @@ def encode(state: Any, writable: bool = True) -> Encoded:
             return {"tensor": keep(value)}
         if isinstance(value, np.generic):
             return value.item()
-        if isinstance(value, np.ndarray):
-            return {"array": keep(torch.from_numpy(np.ascontiguousarray(value)))}
+        if isinstance(value, np.ndarray):  # as bytes: not every release knows every type
+            flat = torch.from_numpy(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+            return {"array": [keep(flat), value.dtype.str, list(value.shape)]}
         if isinstance(value, bytes):
             return {"bytes": base64.b64encode(value).decode("ascii")}
         if isinstance(value, (list, tuple)):
@@ -93,7 +94,8 @@ def decode(state: Encoded) -> Any:
             case "tensor":
                 return state.tensors[content].clone()
             case "array":
-                return state.tensors[content].clone().numpy()
+                name, dtype, shape = content
+                return state.tensors[name].clone().numpy().view(dtype).reshape(shape)
             case "object":
                 return copy.deepcopy(content)
             case "bytes":

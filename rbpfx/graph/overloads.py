@@ -82,8 +82,7 @@ def spellings(overload: OpOverload, given: Arguments) -> Iterator[Call]:
 def _of_that_name(name: str) -> Iterator[tuple[str, Any, Any]]:
     """(kind of call, target, what is called) for everything in torch that has a name."""
     family, _, short = name.partition("_")
-    # F first: what it has in Python takes the graph's mode, which torch 2.8 asks to be a bool.
-    for home, attribute in ((F, name), (torch, name), (getattr(torch, family, None), short)):
+    for home, attribute in ((torch, name), (F, name), (getattr(torch, family, None), short)):
         function = getattr(home, attribute, None)
         if callable(function) and inspect.isroutine(function):
             yield "call_function", function, function

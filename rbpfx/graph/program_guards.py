@@ -86,7 +86,10 @@ class Guards:
             self._check_number(asked, size, f"axis {axis} of argument {name}")
 
     def check_conditions(self) -> None:
-        """Check sizes that depend on each other, and conditions that the model asked."""
+        """Check sizes that depend on each other, and conditions that the model asked.
+
+        Programs of torch 2.8 do not tell the conditions.
+        """
         self._names |= {str(symbol): node for symbol, node in self._sizes.items()}
         for expression, node in self._sizes.items():
             symbols = {str(symbol) for symbol in expression.free_symbols}

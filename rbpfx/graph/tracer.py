@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.node import map_arg
+from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from rbpfx.graph.calls import call_leaf
@@ -62,6 +63,14 @@ FACTORIES = frozenset(
         "hann_window scalar_tensor tril_indices triu_indices broadcast_shapes"
     ).split()
 )
+# Functions for which torch 2.8 wants numbers, flags and sizes that are no proxies.
+_STRICT = frozenset(
+    getattr(torch, name)
+    for name in (
+        "addbmm addmm baddbmm batch_norm broadcast_to conv1d conv2d conv3d conv_transpose1d "
+        "conv_transpose2d conv_transpose3d dropout narrow reshape roll split tile"
+    ).split()
+) | {F.scaled_dot_product_attention}
 
 
 class GraphTracer(fx.Tracer):
@@ -74,8 +83,8 @@ class GraphTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=(*FACTORIES, *python_functions()))
-        self._autowrap_search += [torch, torchvision.ops]
+        super().__init__(autowrap_functions=(*FACTORIES, *_STRICT, *python_functions()))
+        self._autowrap_search += [torch, torch._C._nn, F, torchvision.ops]
 
     def trace(
         self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
@@ -84,7 +93,7 @@ class GraphTracer(fx.Tracer):
         with _LOCK:
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
-            if node.target in FACTORIES:
+            if node.target in FACTORIES or node.target in _STRICT:
                 # torch.fx marks it for generated code to wrap again, which works for plain names
                 # only; this tracer wraps it in any case.
                 node.meta.pop("is_wrapped", None)

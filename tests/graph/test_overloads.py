@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -103,10 +104,16 @@ SKIPPED = frozenset(
 )
 
 
+def takes_all(node: fx.Node) -> bool:
+    """Whether this is a slice of a whole axis, which torch 2.8 records."""
+    return node.target is torch.ops.aten.slice.Tensor and node.args[2:] in ((), (0, sys.maxsize))
+
+
 def operators(model: nn.Module, x: Tensor) -> list[str]:
     """What torch.export records of a model."""
     nodes = torch.export.export(model, (x,)).graph.nodes
-    names = [str(n.target) for n in nodes if isinstance(n.target, OpOverload)]
+    calls = [n for n in nodes if isinstance(n.target, OpOverload) and not takes_all(n)]
+    names = [str(n.target) for n in calls]
     return [SYNONYMS.get(name, name) for name in names if name not in SKIPPED]
 
 

@@ -56,6 +56,14 @@ def require_same(result: PruningResult, other: PruningResult) -> None:
     assert result.report.pruned.accuracy == other.report.pruned.accuracy
 
 
+def size(tensor: Tensor) -> int:
+    """In bytes; 0 for what torch keeps without numbers for sizes, or without a type."""
+    try:
+        return int(tensor.nbytes)
+    except (RuntimeError, TypeError):
+        return 0
+
+
 def held() -> dict[str, int]:
     """What this process holds in tensors, networks and tables, and how many files are open."""
     gc.collect()
@@ -67,7 +75,7 @@ def held() -> dict[str, int]:
     hooks = [v for name, v in vars(nn.modules.module).items() if name.endswith("hooks")]
     return {
         "tensors": len(tensors),
-        "bytes": sum(t.nbytes for t in tensors if all(type(n) is int for n in t.shape)),
+        "bytes": sum(map(size, tensors)),
         "modules": sum(issubclass(kind, nn.Module) for kind in kinds),
         "graphs": sum(issubclass(kind, fx.Graph) for kind in kinds),
         "nodes": sum(issubclass(kind, fx.Node) for kind in kinds),

@@ -83,7 +83,7 @@ def embedding(b: Builder, x: int) -> int | None:
     shape = b.shape(x)
     table = nn.Embedding(max(shape[-2], 2), shape[-1], padding_idx=b.rng.choice([None, 0]))
     name = b.module(table)
-    index = f"positions{len(list(b.program.buffers()))}"
+    index = f"places{len(list(b.program.buffers()))}"
     b.program.register_buffer(index, torch.arange(shape[-2]) % table.num_embeddings)
     functions: list[Any] = [
         lambda m, v: v + m.get_submodule(name)((v.detach()[..., 0] > 0).long()),

@@ -110,11 +110,10 @@ def with_bmm(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def with_baddbmm(self: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    n, h, _, _ = q.shape
+    n, h, _, d = q.shape
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     shift = self.out.bias[:1]
-    # Torch 2.8 takes no traced number here, such as q.shape[-1] ** -0.5.
-    scores = torch.baddbmm(shift, q, k.transpose(1, 2), alpha=WIDTH**-0.5)
+    scores = torch.baddbmm(shift, q, k.transpose(1, 2), alpha=d**-0.5)
     return torch.bmm(torch.softmax(scores, 2), v).unflatten(0, (n, h))
 
 
