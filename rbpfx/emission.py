@@ -213,6 +213,7 @@ class Emission:
                         teacher,
                         hear,
                         self.training,
+                        curves,
                         checkpoints("fine-tuning"),
                         interruption,
                     )

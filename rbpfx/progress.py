@@ -38,7 +38,7 @@ class Bar:
         visible: Whether to show anything; if not, nothing is evaluated either.
         evaluate: Accuracy of the network in training, or None if it is not known; None to show
             none.
-        curves: Where accuracies, and the losses of training without noise, are written down.
+        curves: Where accuracies are written down.
     """
 
     def __init__(
@@ -48,18 +48,20 @@ class Bar:
         evaluate: Callable[[], float | None] | None = None,
         curves: Curves | None = None,
     ) -> None:
-        self.bar = tqdm(desc=title, disable=not visible, dynamic_ncols=True, unit="step")
+        self.title = title
         self.visible = visible
         self.evaluate = evaluate
         self.curves = curves or Curves()
         self.evaluations = 0
         self.accuracy: float | None = None
+        self._bar: tqdm[Any] | None = None
 
     def __enter__(self) -> Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def noise(self, progress: Progress) -> None:
         """Show a step of noise training: the group at the front, gates open, expected cost."""
@@ -73,8 +75,7 @@ class Bar:
         )
 
     def steps(self, step: int, steps: int, loss: float) -> None:
-        """Show and write down a step of any other training."""
-        self.curves.add(step, steps, loss=loss)
+        """Show a step of any other training."""
         self._show(step, steps, loss=f"{loss:.3f}")
 
     def _show(self, step: int, steps: int, **shown: Any) -> None:
@@ -87,6 +88,10 @@ class Bar:
                 self.curves.point(step, accuracy=self.accuracy)
         if self.accuracy is not None:
             shown["accuracy"] = f"{self.accuracy:.2%}"
-        self.bar.total = steps
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
+        if self._bar is None:  # the first step is a later one if the training was resumed
+            self._bar = tqdm(
+                desc=self.title, total=steps, initial=step - 1, unit="step", dynamic_ncols=True
+            )
+        self._bar.total = steps
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self._bar.n)

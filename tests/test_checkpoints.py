@@ -114,6 +114,8 @@ def same(a: PruningResult, b: PruningResult) -> bool:
         a.plan == b.plan
         and ours.keys() == others.keys()
         and all(torch.equal(ours[name], others[name]) for name in ours)
+        and a.report.history == b.report.history
+        and a.report.curves == b.report.curves
         and not a.report.interrupted
         and not b.report.interrupted
     )

@@ -31,3 +31,16 @@ def test_an_invisible_bar_shows_and_evaluates_nothing(capsys: pytest.CaptureFixt
     with Bar("noise", False, fail) as bar:
         bar.steps(1, 1, 0.5)
     assert capsys.readouterr().err == ""
+
+
+def test_a_training_without_steps_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar("fine-tuning", True):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_resumed_training_begins_where_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    with Bar("noise", True) as bar:
+        bar.steps(51, 100, 0.1)
+        bar.steps(52, 100, 0.1)
+    assert "52/100" in capsys.readouterr().err

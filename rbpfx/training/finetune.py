@@ -19,6 +19,7 @@ from rbpfx.training.engine import Stepper, Training
 from rbpfx.training.interruption import Interruption
 from rbpfx.training.layout import keeping_layout
 from rbpfx.training.loop import steps_per_epoch
+from rbpfx.training.record import Curves
 from rbpfx.training.safeguard import Safeguard
 from rbpfx.training.strategy import Strategy
 from rbpfx.training.stream import Stream
@@ -73,6 +74,7 @@ def finetune(
     teacher: nn.Module | None = None,
     report: Callable[[int, int, float], None] = lambda *_: None,
     training: Training | None = None,
+    curves: Curves | None = None,
     checkpoints: Checkpoints | None = None,
     interruption: Interruption | None = None,
 ) -> str:
@@ -87,6 +89,7 @@ def finetune(
         teacher: Network whose outputs are imitated in half of the loss.
         report: Called after every step with (steps done, steps planned, loss).
         training: How a step is carried out.
+        curves: Where losses are written down.
         checkpoints: Where the training is saved, and goes on if it was saved there.
         interruption: Asks the training to stop.
 
@@ -110,7 +113,7 @@ def finetune(
     weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = _optimizer(settings, weights)
     schedule = _scheduler(settings, optimizer, steps)
-    run = _Run(network, steps, strategy)
+    run = _Run(network, steps, strategy, curves or Curves())
     with keeping_modes(model), keeping_layout(model):
         stepper = Stepper(
             network, task, training, [optimizer], schedulers=[schedule], teacher=teacher
@@ -128,8 +131,10 @@ def finetune(
             losses = safeguard.step()
             if losses is None:
                 continue
+            loss = float(losses.data)
             run.step += 1
-            report(run.step, steps, float(losses.data))
+            run.curves.add(run.step, steps, loss=loss)
+            report(run.step, steps, loss)
             safeguard.passed(milestone=run.step % per_epoch == 0)
         if network is not model:
             model.load_state_dict(strategy.state(network))
@@ -140,8 +145,9 @@ def finetune(
 class _Run:
     """A fine-tuning under way."""
 
-    def __init__(self, network: nn.Module, steps: int, strategy: Strategy) -> None:
+    def __init__(self, network: nn.Module, steps: int, strategy: Strategy, curves: Curves) -> None:
         self.network = network
+        self.curves = curves
         self.steps = steps
         self.strategy = strategy
         self.step = 0
@@ -151,11 +157,16 @@ class _Run:
         return self.step == self.steps
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "network": self.strategy.state(self.network)}
+        return {
+            "step": self.step,
+            "network": self.strategy.state(self.network),
+            "curves": self.curves.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.strategy.load_state(self.network, state["network"])
+        self.curves.load_state_dict(state["curves"])
 
 
 def _optimizer(settings: FineTune, weights: list[nn.Parameter]) -> Optimizer:
