@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import random
-import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import rbpfx
 from rbpfx import FineTune, Recursion, Target
 from tests.toy import ShortcutNet, stripes, trained
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 BATCHES = stripes()
 
 
-def run(dense: nn.Module, directory: Path, result: Path) -> None:
+def run(directory: Path, result: Path) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     pruned = rbpfx.prune(
-        dense,
+        trained(ShortcutNet(), BATCHES).eval(),
         BATCHES,
         target=Target(macs=0.5),
         recursion=Recursion(epochs=4, window=1),
@@ -36,49 +34,45 @@ def run(dense: nn.Module, directory: Path, result: Path) -> None:
     torch.save((dict(pruned.plan.kept), state), result)
 
 
-def in_a_child(work: Callable[[], None], seconds: float | None) -> bool:
-    """Do it in a process that is killed after some time; whether it got to the end."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    if seconds is None:
-        return os.waitpid(child, 0)[1] == 0
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            assert status == 0, "the run failed by itself"
-            return True
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+@pytest.fixture
+def processes() -> multiprocessing.context.BaseContext:
+    """Processes that start quickly, from one that has imported everything and done nothing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("processes start too slowly here")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rbpfx", "tests.toy"])
+    return context
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
-def test_every_run_ends_the_same(tmp_path: Path, kills: int) -> None:
-    torch.manual_seed(0)
-    dense = trained(ShortcutNet(), BATCHES).eval()
-    moments = random.Random(0)
+def test_every_run_ends_the_same(tmp_path: Path, kills: int, processes) -> None:
+    def carry_out(name: str, seconds: float | None) -> bool:
+        """Run in a process that is killed after some time; whether it got to the end."""
+        process = processes.Process(target=run, args=(tmp_path / name, tmp_path / f"{name}.pt"))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            return False
+        assert process.exitcode == 0, "the run failed by itself; its traceback is above"
+        return True
+
+    carry_out("warm-up", None)
     started = time.monotonic()
-    assert in_a_child(lambda: run(dense, tmp_path / "whole", tmp_path / "whole.pt"), None)
+    carry_out("whole", None)
     whole_seconds = time.monotonic() - started
     wanted_plan, wanted = torch.load(tmp_path / "whole.pt")
+    moments = random.Random(0)
     killed = runs = 0
     while killed < kills:
-        directory, result = tmp_path / f"run{runs}", tmp_path / f"run{runs}.pt"
-        for _ in range(6):
-            seconds = moments.uniform(0, whole_seconds) if killed < kills else None
-            if in_a_child(lambda: run(dense, directory, result), seconds):  # noqa: B023
-                break
+        name, attempts = f"run{runs}", 0
+        while not carry_out(
+            name, moments.uniform(0, whole_seconds) if killed < kills and attempts < 6 else None
+        ):
             killed += 1
-        else:
-            assert in_a_child(lambda: run(dense, directory, result), None)  # noqa: B023
-        plan, state = torch.load(result)
+            attempts += 1
+        plan, state = torch.load(tmp_path / f"{name}.pt")
         assert plan == wanted_plan
         assert state.keys() == wanted.keys()
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)

@@ -5,17 +5,22 @@ as half of a capture, and most graphs of a pruning pipeline are never run: they 
 copied and changed, and the copy gets code of its own.
 
 torch and Python keep the text of generated code, and the functions it marks with `fx.wrap`, in
-tables for good; here they forget them with the code.
+tables for good; here they forget them with the code. Garbage is collected at any moment, in any
+thread, also while a tracer goes through the table of marked functions: from that one, entries are
+taken at the next trace.
 """
 
 from __future__ import annotations
 
 import linecache
 import weakref
+from collections import deque
 from typing import Any
 
 from torch import fx
 from torch.fx import _symbolic_trace, graph_module
+
+_gone: deque[int] = deque()
 
 
 class LazyGraphModule(fx.GraphModule):
@@ -81,6 +86,13 @@ def _forget(filename: str, scope: int) -> None:
     """
     graph_module._loader.eval_cache.pop(filename, None)
     linecache.cache.pop(filename, None)
+    if any(key[0] == scope for key in list(_symbolic_trace._wrapped_fns_to_patch)):
+        _gone.append(scope)  # stays in memory, and its id in use, as long as the table names it
+
+
+def forget_marked() -> None:
+    """Forget functions that code marked which is gone; only while nobody traces."""
     marked = _symbolic_trace._wrapped_fns_to_patch
-    for key in [key for key in list(marked) if key[0] == scope]:
-        marked.pop(key, None)
+    scopes = {_gone.popleft() for _ in range(len(_gone))}
+    for key in [key for key in marked if key[0] in scopes]:
+        del marked[key]

@@ -31,6 +31,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.decompositions import DECOMPOSITIONS
+from rbpfx.graph.lazy import forget_marked
 from rbpfx.graph.metadata import compute
 from rbpfx.graph.patches import (
     attributes_kept,
@@ -91,6 +92,7 @@ class GraphTracer(fx.Tracer):
     ) -> fx.Graph:
         """Trace a module; nothing stays patched, whether it succeeds or fails."""
         with _LOCK:
+            forget_marked()
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
             if node.target in FACTORIES or node.target in _STRICT:

@@ -19,6 +19,7 @@ from torch.fx import _symbolic_trace, graph_module
 
 import rbpfx
 from rbpfx import FineTune, PruningResult, Recursion
+from rbpfx.graph.lazy import forget_marked
 from tests.toy import ShortcutNet, stripes
 
 BATCHES = stripes()
@@ -67,6 +68,7 @@ def size(tensor: Tensor) -> int:
 def held() -> dict[str, int]:
     """What this process holds in tensors, networks and tables, and how many files are open."""
     gc.collect()
+    forget_marked()  # as the next trace does
     objects = gc.get_objects()
     kinds = [type(o) for o in objects]  # by `type`: some objects pass for others
     tensors = [o for o, kind in zip(objects, kinds, strict=True) if issubclass(kind, Tensor)]
