@@ -7,8 +7,9 @@ from rbpfx.training.recursion import Progress
 
 
 def test_noise_training_shows_group_gates_cost_and_accuracy(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # of the terminal, by which bars are cut
     with Bar("noise", True, lambda: 0.875) as bar:
         bar.noise(Progress(4, 4, "layer1.conv1", 0, 0.5, 1.0, 0.01, 0.62, 37))
     shown = capsys.readouterr().err
