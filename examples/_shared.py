@@ -21,6 +21,22 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def digits_options(description: str | None, tiny_epochs: float) -> argparse.Namespace:
+    """What examples on the digits are asked for on the command line.
+
+    Args:
+        description: What the example does.
+        tiny_epochs: The epochs of a tiny run.
+    """
+    arguments = parser(description)
+    arguments.add_argument("--macs", type=float, default=0.3, help="share to keep")
+    arguments.add_argument("--epochs", type=float, default=8, help="of noise, and of fine-tuning")
+    options = arguments.parse_args()
+    if options.tiny:
+        options.epochs = tiny_epochs
+    return options
+
+
 def write_stripes(root: Path, size: int = 32, images: int = 8) -> None:
     """A small image folder: `train` and `val`, three classes, the bright third is the class."""
     for part in ("train", "val"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from _shared import parser, trained_digits
+from _shared import digits_options, trained_digits
 from torch import nn
 
 import rbpfx
@@ -46,10 +46,4 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__)
-    arguments.add_argument("--macs", type=float, default=0.3, help="share to keep")
-    arguments.add_argument("--epochs", type=float, default=8, help="of noise, and of fine-tuning")
-    options = arguments.parse_args()
-    if options.tiny:
-        options.epochs = 0.3
-    main(options)
+    main(digits_options(__doc__, tiny_epochs=0.3))

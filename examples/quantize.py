@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from _shared import parser, trained_digits
+from _shared import digits_options, trained_digits
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     X86InductorQuantizer,
@@ -54,10 +54,4 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__)
-    arguments.add_argument("--macs", type=float, default=0.3, help="share to keep")
-    arguments.add_argument("--epochs", type=float, default=8, help="of noise, and of fine-tuning")
-    options = arguments.parse_args()
-    if options.tiny:
-        options.epochs = 0.5
-    main(options)
+    main(digits_options(__doc__, tiny_epochs=0.5))

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ASIDE = ".aside-"
+"""How the names of folders begin in which files are written aside."""
 _CHUNK = 2**20
 
 
@@ -20,7 +22,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         path: The file to be; its folder is made if it does not exist.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".aside-") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=ASIDE) as folder:
         aside = Path(folder) / path.name
         yield aside
         os.replace(aside, path)
@@ -47,4 +49,4 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-__all__ = ["flush", "sha256", "written_aside"]
+__all__ = ["ASIDE", "flush", "sha256", "written_aside"]

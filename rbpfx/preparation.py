@@ -15,7 +15,7 @@ from rbpfx.graph.copying import copy_model
 from rbpfx.graph.examples import count_examples
 from rbpfx.graph.groups import Analysis
 from rbpfx.graph.verification import difference
-from rbpfx.training.task import Loader, Task
+from rbpfx.training.task import Loader, Task, require_scalar
 
 CAPTURE_TOLERANCE = 1e-4
 """Largest relative difference between a model and its graph (ours)."""
@@ -80,8 +80,7 @@ def example_inputs(model: nn.Module, loader: Loader, task: Task) -> tuple[Exampl
             f"the model and the loss do not run on the loader's first batch (tensors of shape "
             f"{shapes}): {error}"
         ) from error
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        raise InputError(f"the loss must be a scalar tensor, not {loss!r}; average over the batch")
+    require_scalar(loss)
     if not isfinite(float(loss)):
         raise InputError(
             f"the loss of the model is {float(loss)} before anything was pruned; check its "

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import rbpfx
@@ -29,7 +28,7 @@ from rbpfx import (
     Training,
 )
 from rbpfx.checkpoints import store as store_module
-from tests.toy import ShortcutNet, stripes, trained
+from tests.toy import NaNAfter, ShortcutNet, Times, stripes, trained
 
 BATCHES = stripes()
 STEPS = 12 + 6
@@ -380,32 +379,20 @@ class TestCtrlC:
 class TestFaults:
     @pytest.mark.parametrize("step", [4, 11, 16])
     def test_a_fault_that_passes_is_survived(self, dense, tmp_path: Path, step: int) -> None:
-        """And a run that crashes afterwards ends as one that does not."""
-
-        class NaNOnce:
-            done = 0
-
-            def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-                loss = F.cross_entropy(output, target)
-                if torch.is_grad_enabled():
-                    self.done += 1
-                return loss * (float("nan") if self.done == step else 1)
-
-        wanted = prune(dense, None, loss_fn=NaNOnce())
+        """Alike with checkpoints and without."""
+        wanted = prune(dense, None, loss_fn=Times({step: float("nan")}))
         assert not wanted.report.interrupted
         assert all(torch.isfinite(t).all() for t in wanted.model.state_dict().values())
         assert same(
-            prune(dense, tmp_path / "a", loss_fn=NaNOnce(), checkpoint_interval=1e9), wanted
+            prune(
+                dense, tmp_path / "a", loss_fn=Times({step: float("nan")}), checkpoint_interval=1e9
+            ),
+            wanted,
         )
 
     def test_the_result_so_far_comes_with_the_error(self, dense) -> None:
-        def nan_later(output: Tensor, target: Tensor) -> Tensor:
-            nan_later.done += torch.is_grad_enabled()
-            return F.cross_entropy(output, target) * (float("nan") if nan_later.done > 9 else 1)
-
-        nan_later.done = 0
         with pytest.raises(DivergenceError) as caught:
-            prune(dense, None, loss_fn=nan_later)
+            prune(dense, None, loss_fn=NaNAfter(9))
         result = caught.value.result
         assert result.report.interrupted.startswith("by a fault")
         assert result.report.pruned.macs <= 0.5 * result.report.dense.macs

@@ -28,7 +28,7 @@ from rbpfx import (
     count_macs,
     count_parameters,
 )
-from tests.toy import ShortcutNet, stripes, trained
+from tests.toy import NaNAfter, ShortcutNet, stripes, trained
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -527,20 +527,6 @@ class TestErrors:
             rbpfx.rewrite(gm, analysis, PruningPlan({"stem": [8]}))
         with pytest.raises(PlanError, match="removes every unit of group 'stem'"):
             PruningPlan({"stem": []})
-
-
-class NaNAfter:
-    """Cross-entropy that is NaN from some training step on."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.done = 0
-
-    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        loss = F.cross_entropy(output, target)
-        if torch.is_grad_enabled():
-            self.done += 1
-        return loss * (float("nan") if self.done > self.steps else 1)
 
 
 class TestDivergence:

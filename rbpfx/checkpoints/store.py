@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rbpfx.checkpoints.encoding import Encoded, decode
 from rbpfx.errors import CheckpointError
-from rbpfx.files import flush, sha256
+from rbpfx.files import ASIDE, flush, sha256
 from rbpfx.training.strategy import Strategy
 
 try:
@@ -38,7 +38,6 @@ KEPT = 2
 """Checkpoints of a stage that are kept."""
 FORMAT = 1
 LOCK = ".lock"
-ASIDE = ".aside-"
 CHECKSUM = 16
 """Hexadecimal digits of the checksum in a file's name."""
 

@@ -23,11 +23,12 @@ from rbpfx.errors import PlanError
 from rbpfx.graph.capture import trace
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.cost import count_macs, count_parameters
+from rbpfx.graph.examples import first_examples
 from rbpfx.graph.gates import apply_mask
 from rbpfx.graph.groups import Analysis, analyze
 from rbpfx.graph.slicing import rewrite
 from rbpfx.graph.verification import require_equal
-from rbpfx.latency import first_examples, measure_latency
+from rbpfx.latency import measure_latency
 from rbpfx.parsing import MAX_PLAN_BYTES, parse_json
 from rbpfx.plan import PruningPlan
 from rbpfx.report import Figures, Report

@@ -14,7 +14,8 @@ from rbpfx.cli import options
 from rbpfx.cli.console import Answer, Console, reporting
 from rbpfx.cli.saved import Saved
 from rbpfx.deployment.deploy import deploy
-from rbpfx.latency import Comparison, Latency, measure_latency, resize_batch
+from rbpfx.graph.examples import resize_batch
+from rbpfx.latency import Comparison, Latency, measure_latency
 
 HELP = f"""Measure the saved network in DIR beside the dense one.
 

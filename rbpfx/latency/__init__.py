@@ -1,6 +1,5 @@
 """Latency: networks timed side by side, so that a noisy machine slows both."""
 
-from rbpfx.graph.examples import first_examples, resize_batch
 from rbpfx.latency.measure import compare_latency, measure_latency
 from rbpfx.latency.memory import Memory
 from rbpfx.latency.results import Comparison, Latency
@@ -10,7 +9,5 @@ __all__ = [
     "Latency",
     "Memory",
     "compare_latency",
-    "first_examples",
     "measure_latency",
-    "resize_batch",
 ]

@@ -22,7 +22,7 @@ from rbpfx.graph.products import recomputing
 from rbpfx.methods import Phase
 from rbpfx.training.layout import has_images, keep_layout, to_channels_last
 from rbpfx.training.settings import PRECISIONS, Training, Update
-from rbpfx.training.task import Task, to_device
+from rbpfx.training.task import Task, require_scalar, to_device
 
 _RATES = {"lr", "initial_lr", "max_lr", "min_lr"}
 """Of a group of parameters: what optimisers and torch's schedulers call their learning rates."""
@@ -309,8 +309,7 @@ def _scaler(device: torch.device) -> torch.amp.GradScaler:
 
 
 def _require_trainable(loss: Tensor) -> None:
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        raise InputError(f"the loss must be a scalar tensor, not {loss!r}; average over the batch")
+    require_scalar(loss)
     if not loss.requires_grad:
         raise InputError(
             "the loss does not depend on the network: it was detached, or computed under "

@@ -121,7 +121,7 @@ def finetune(
         safeguard = Safeguard(
             run,
             stepper,
-            Stream(loader, training.accumulate, task.device),
+            Stream(loader, training.accumulate, task.device, checkpoints is not None),
             place=lambda: ("fine-tuning", " of the fine-tuning"),
             advice="Lower FineTune(lr=...).",
             checkpoints=checkpoints,

@@ -21,7 +21,7 @@ def batches(loader: Loader, count: int) -> Iterator[Any]:
     Raises:
         InputError: The loader yields nothing, cannot be gone through twice, or raises.
     """
-    stream = Stream(loader)
+    stream = Stream(loader, resumable=False)
     for _ in range(count):
         (batch,) = stream.take()
         yield batch

@@ -170,7 +170,7 @@ class RecursiveTraining:
         safeguard = Safeguard(
             self,
             stepper,
-            Stream(loader, self.training.accumulate, self.task.device),
+            Stream(loader, self.training.accumulate, self.task.device, checkpoints is not None),
             place=lambda: (self._group(), f", with group {self._group()!r} at the front"),
             advice="Lower Recursion(weight_lr=...) or strength.",
             checkpoints=checkpoints,

@@ -182,20 +182,20 @@ class Safeguard:
             raise SystemExit(128 + signal.SIGTERM)
 
     def _taken(self) -> _Saved:
-        """The state as it is now."""
-        state = {
+        """The state as it is now; in memory, what a fault is set back to will do."""
+        state: dict[str, Any] = {
             "training": self.training.state_dict(),
             "stepper": self.stepper.state_dict(),
-            "processes": self.strategy.gather(
-                {
-                    "stream": self.stream.state_dict(),
-                    "random": random_state(self.stream.loader, self.stream.device),
-                }
-            ),
-            "setbacks": self._setbacks,
-            "first loss": self._first_loss,
         }
-        return _Saved(self.training.step, encode(state, self.checkpoints is not None))
+        if self.checkpoints is None:
+            return _Saved(self.training.step, encode(state, writable=False))
+        place = {
+            "stream": self.stream.state_dict(),
+            "random": random_state(self.stream.loader, self.stream.device),
+        }
+        state["processes"] = self.strategy.gather(place)
+        state["setbacks"], state["first loss"] = self._setbacks, self._first_loss
+        return _Saved(self.training.step, encode(state))
 
     def _resume(self) -> None:
         """Go on from the last checkpoint, if there is one."""

@@ -28,14 +28,22 @@ class Stream:
         loader: Training batches.
         size: Batches per group; an epoch may end with a group of fewer.
         device: Of the training, whose random numbers count too.
+        resumable: Whether its state will be asked for: random numbers are noted for it.
 
     Attributes:
         epoch: The number of the epoch, from 0. Samplers with a `set_epoch` hear of it.
         taken: Batches taken from this epoch.
     """
 
-    def __init__(self, loader: Loader, size: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        size: int = 1,
+        device: torch.device | str = "cpu",
+        resumable: bool = True,
+    ) -> None:
         self.loader = loader
+        self.resumable = resumable
         self.size = size
         self.device = torch.device(device)
         self.epoch = -1
@@ -56,7 +64,7 @@ class Stream:
             if self._batches is None:
                 self._begin(self.epoch + 1)
             assert self._batches is not None
-            self._before = random_state(self.loader, self.device)
+            self._before = self._random_state()
             try:
                 group = list(islice(self._batches, self.size))
             except Exception as error:
@@ -119,6 +127,9 @@ class Stream:
             )
             self.epoch, self.taken, self._batches = state["epoch"] - 1, 0, None
 
+    def _random_state(self) -> dict[str, Any]:
+        return random_state(self.loader, self.device) if self.resumable else {}
+
     def _loader_state(self) -> Any:
         """What a stateful loader says of its place; None if it is none."""
         if self._batches is None or not hasattr(self.loader, "load_state_dict"):
@@ -129,7 +140,7 @@ class Stream:
             return None  # a wrapper that has the methods for loaders that have them
 
     def _begin(self, epoch: int) -> None:
-        self._start = random_state(self.loader, self.device)
+        self._start = self._random_state()
         self.epoch, self.taken, self._group = epoch, 0, []
         for name in ("sampler", "batch_sampler"):
             set_epoch = getattr(getattr(self.loader, name, None), "set_epoch", None)

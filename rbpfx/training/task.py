@@ -153,6 +153,16 @@ def split_pair(batch: Any) -> tuple[Any, Any]:
     )
 
 
+def require_scalar(loss: object) -> None:
+    """A loss is one number.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        raise InputError(f"the loss must be a scalar tensor, not {loss!r}; average over the batch")
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """A nested batch with all tensors on a device."""
     if isinstance(batch, Tensor):

@@ -14,7 +14,7 @@ from rbpfx import DivergenceError, FineTune, InputError, Recursion, Target, Trai
 from rbpfx.training.faults import bad_batch, locate
 from rbpfx.training.finetune import finetune
 from rbpfx.training.task import Task
-from tests.toy import ShortcutNet, stripes, trained
+from tests.toy import ShortcutNet, Times, stripes, trained
 
 BATCHES = stripes()
 
@@ -38,17 +38,6 @@ def pruned(dense: nn.Module, loader: Any = BATCHES, **options: Any) -> Any:
 
 def finite(model: nn.Module) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in model.state_dict().values())
-
-
-class Times:
-    """Cross-entropy, multiplied at some training steps."""
-
-    def __init__(self, factors: dict[int, float]) -> None:
-        self.factors, self.step = factors, 0
-
-    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        self.step += torch.is_grad_enabled()
-        return F.cross_entropy(output, target) * self.factors.get(self.step, 1.0)
 
 
 class Gradient(torch.autograd.Function):
