@@ -14,6 +14,7 @@ TITLES = {
     "lenet300100": "LeNet-300-100",
     "lenet5": "LeNet-5 (Caffe)",
     "resnet20": "ResNet-20",
+    "resnet18": "ResNet-18 (torchvision)",
     "resnet56": "ResNet-56",
     "vgg16_bn": "VGG-16 with BatchNorm",
 }

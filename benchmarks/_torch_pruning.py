@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import MultiStepLR
+from torchvision.models import resnet
 
-from benchmarks._models import BasicBlock, CifarResNet, ZeroPaddedShortcut
+from benchmarks._models import BasicBlock, ZeroPaddedShortcut
 from rbpfx import count_macs, trace
 from rbpfx.training.loop import batches, steps_per_epoch
 from rbpfx.training.task import Loader, Task
@@ -246,10 +247,11 @@ def _ignored(model: nn.Module, settings: Settings) -> list[nn.Module]:
     """The layer of the class scores and, if asked for, what writes to the residual stream."""
     ignored: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
     if settings.inner_only:
-        if not isinstance(model, CifarResNet):
+        blocks = [m for m in model.modules() if isinstance(m, BasicBlock | resnet.BasicBlock)]
+        if not blocks:
             raise ValueError(f"{type(model).__name__} has no blocks, so nothing is inside of them")
-        blocks = [m for m in model.modules() if isinstance(m, BasicBlock)]
-        ignored += [model.conv1, *(b.conv2 for b in blocks), *(b.shortcut for b in blocks)]
+        shortcuts = [b.shortcut if isinstance(b, BasicBlock) else b.downsample for b in blocks]
+        ignored += [model.conv1, *(b.conv2 for b in blocks), *filter(None, shortcuts)]
     return ignored
 
 

@@ -36,11 +36,12 @@ from benchmarks._accuracy_report import page, tables
 from benchmarks._data import ImageData, TensorLoader, add_data_argument, cifar10, mnist
 from benchmarks._record import Deadline, Record, write_aside
 from benchmarks._train import (
+    CIFAR_NETWORKS,
     LENETS,
     RESNETS,
     adapted_resnet,
+    dense_cifar,
     dense_lenet,
-    dense_vgg16_bn,
     evaluation_loader,
     training_loader,
 )
@@ -53,7 +54,8 @@ from rbpfx.training.loop import refresh_batchnorm
 from rbpfx.training.task import Task
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
-NETWORKS = ("lenet300100", "lenet5", "resnet20", "resnet56", "vgg16_bn")
+NETWORKS = ("lenet300100", "lenet5", "resnet20", "resnet18", "resnet56", "vgg16_bn")
+WITH_BLOCKS = ("resnet18", *RESNETS)
 WITHOUT_BATCHNORM = ("lenet300100", "lenet5")
 LEARNING_RATES = {"lenet300100": 0.02, "lenet5": 0.02}
 LEARNING_RATE = 0.01
@@ -167,7 +169,7 @@ def makes_sense(network: str, method: str, mode: str, ratio: str) -> bool:
     """Whether there is such a row."""
     if method in _torch_pruning.METHODS:
         inner = _torch_pruning.METHODS[method].inner_only
-        return mode == "joint" and ratio != AUTO and (network in RESNETS or not inner)
+        return mode == "joint" and ratio != AUTO and (network in WITH_BLOCKS or not inner)
     if ratio == AUTO and method not in NOISE:
         return False
     return method != "bn-scale" or network not in WITHOUT_BATCHNORM
@@ -261,8 +263,8 @@ class _Loaded:
         data, options = self.data(network), self.options
         if network in LENETS:
             return dense_lenet(network, seed, data)
-        if network == "vgg16_bn":
-            return dense_vgg16_bn(seed, data, device=options.device)
+        if network in CIFAR_NETWORKS:
+            return dense_cifar(network, seed, data, device=options.device)
         if options.data == "original":
             return RESNETS[network](options.data_dir)  # trained on these very images
         return adapted_resnet(

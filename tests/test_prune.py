@@ -146,8 +146,8 @@ class TestResult:
 
     def test_without_a_target_the_strength_decides(self, dense) -> None:
         options = {"noise_lr": 0.3, "epochs": 6}
-        weak = prune(dense, recursion=Recursion(strength=1e-6, **options))
-        strong = prune(dense, recursion=Recursion(strength=10.0, **options))
+        weak = prune(dense, recursion=Recursion(strength=1e-5, **options))
+        strong = prune(dense, recursion=Recursion(strength=100.0, **options))
         assert weak.report.target is None
         assert strong.report.pruned.macs < 0.2 * strong.report.dense.macs
         assert strong.report.pruned.macs < 0.5 * weak.report.pruned.macs

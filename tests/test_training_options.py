@@ -460,7 +460,7 @@ class TestTargets:
 
     def test_bounds_without_a_budget(self, dense: nn.Module) -> None:
         """The method decides, within them."""
-        strong = Recursion(epochs=4, strength=10.0, noise_lr=0.3, weight_lr=0.001)
+        strong = Recursion(epochs=4, strength=100.0, noise_lr=0.3, weight_lr=0.001)
         free = prune(dense, target=None, recursion=strong, recovery=CUT).report.widths
         target = Target(widths={"conv1": (5, None)}, exclude=["stem"])
         report = prune(dense, target=target, recursion=strong, recovery=CUT).report

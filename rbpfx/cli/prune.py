@@ -134,7 +134,7 @@ def _latency(
     metavar="X",
     type=_POSITIVE,
     help="How hard to prune without a target. "
-    "For rbp 0.001 is cautious, 0.003 the default, 0.01 bold.",
+    "For rbp 0.5 is cautious, 2 the default, 8 bold.",
 )
 @click.option(
     "--recovery-epochs",

@@ -218,6 +218,9 @@ class Method(ABC):
         observes: Whether scores need gradients of the loss: a pass over training batches
             precedes the decision of a method that does not train.
         strength: Default of `Recursion.strength`; the method gives its meaning.
+        shares_strength: Whether a strength is of the whole network: every unit has its share of
+            it, so that it means the same in wide networks and in narrow ones. If not, every unit
+            has it in full.
         noise_lr: Default of `Recursion.noise_lr`.
         cost_weighted: Whether penalties are weighed by what a unit costs.
         budgeted_strength: What takes its place while a target finds the strength: a weak
@@ -230,6 +233,7 @@ class Method(ABC):
     observes: ClassVar[bool] = False
     strength: ClassVar[float] = 1.0
     budgeted_strength: ClassVar[float | None] = 1.0
+    shares_strength: ClassVar[bool] = False
     noise_lr: ClassVar[float] = 0.05
     cost_weighted: ClassVar[bool] = True
 

@@ -41,7 +41,7 @@ def gaussian_dropout_kl(gate_logit: Tensor, strength: float | Tensor) -> Tensor:
 
 
 WEAKEST_PRIOR = 1.0
-"""lambda at least: a prior of unit variance. Under a budget the projection does the rest."""
+"""lambda under a budget, where the projection does the rest: a prior of variance 1/2."""
 
 
 class RBPGate(NoiseGate):
@@ -75,7 +75,7 @@ class RBPGate(NoiseGate):
 
     def penalty(self, strength: float, examples: int) -> Tensor:
         """KL per unit and example, `(size,)`; `strength` is lambda / N, in nats per example."""
-        prior = max(strength * examples, WEAKEST_PRIOR)
+        prior = strength * examples or WEAKEST_PRIOR
         return gaussian_dropout_kl(self.gate_logit, prior) / examples
 
     def pressure(self) -> Tensor:
@@ -108,13 +108,15 @@ class RBP(Method):
     Attributes:
         initial_rate: Dropout rate at the start, in (0, 1).
         threshold: A unit whose mean gate lies below is redundant, in (0, 1).
-        strength: Price of an open gate of average cost in nats per training example, lambda / N.
+        strength: Price of the whole network in nats of training loss, of which every unit has the
+            share that it has of the cost: lambda / N summed over all units.
     """
 
     initial_rate: float = 0.05
     threshold: float = 0.5
     name = "rbp"
-    strength = 0.003
+    strength = 2.0
+    shares_strength = True
     budgeted_strength = 0.0
     noise_lr = 0.1
 

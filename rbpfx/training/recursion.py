@@ -47,7 +47,7 @@ class Progress:
         hardened: Number of groups hardened.
         loss: Data loss of the step.
         bound: Negative evidence lower bound per example of the step, up to the constant N.
-        strength: The prior's strength per example.
+        strength: The prior's strength for a unit of average cost, per example.
         cost: Expected share of the cost: of the parameters if these are the target, else of the
             multiply-accumulates.
         open_gates: Number of units with a mean above one half.
@@ -115,7 +115,9 @@ class RecursiveTraining:
         )
         aware = settings.cost_aware and method.cost_weighted
         self.weights = unit_weights(selection, self.gates, aware)
-        self.strength = settings.strength if settings.strength is not None else method.strength
+        strength = method.strength if settings.strength is None else settings.strength
+        units = sum(gate.size for gate in self.gates)
+        self.strength = strength / units if method.shares_strength else strength
         self.step = 0
         self.front = 0
         self.history: list[dict[str, Any]] = []

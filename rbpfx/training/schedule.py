@@ -21,10 +21,11 @@ class Recursion:
     Attributes:
         epochs: Passes over the loader for all groups together (at most, without a target).
         strength: How hard to prune without a target; None for the method's own default. For RBP
-            it is the price of an open gate of average cost in nats per training example,
-            lambda / N with the prior's lambda = 1 / (2 eps^2): a channel stays if it lowers the
-            mean training loss by more. For the other noise methods it multiplies the divergence
-            of the evidence lower bound. With a target the strength is found, not set.
+            it is the price of the whole network in nats of training loss: a channel stays if it
+            lowers the mean training loss by more than its share of the cost times this. (The
+            prior's lambda = 1 / (2 eps^2), divided by N and summed over all channels.) For the
+            other noise methods it multiplies the divergence of the evidence lower bound. With a
+            target the strength is found, not set.
         window: How many groups are noisy at a time. 1 is the strict recursion; None makes all
             groups noisy from the start, the front then hardens them one by one.
         front: Share of the steps during which the front passes, if `window` is None. 0 hardens

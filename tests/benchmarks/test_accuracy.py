@@ -15,7 +15,7 @@ from benchmarks._accuracy_report import page, section
 from benchmarks._data import ImageData
 from benchmarks._models import VGG16BN, CifarResNet, LeNet300100
 from benchmarks._record import Record
-from benchmarks._train import Recipe, dense_vgg16_bn
+from benchmarks._train import Recipe, dense_cifar
 from benchmarks.accuracy import Budget, Case, cases, key_of, merge, run, shard
 from rbpfx import count_macs, trace
 
@@ -53,13 +53,17 @@ def test_vgg_has_the_size_of_the_literature() -> None:
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 13
 
 
-def test_dense_vgg_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["vgg16_bn", "resnet18"])
+def test_dense_networks_are_trained_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = ImageData("CIFAR-10", *(torch.randn(8, 3, 32, 32), torch.arange(8)) * 2)
     recipe = Recipe(1, 0.01, 0.0, batch_size=8)
-    trained = dense_vgg16_bn(0, data, tmp_path, recipe=recipe)
+    trained = dense_cifar(name, 0, data, tmp_path, recipe=recipe)
     monkeypatch.setattr("benchmarks._train.train_dense", None)
-    loaded = dense_vgg16_bn(0, data, tmp_path, recipe=recipe)
-    assert torch.equal(trained.linear.weight, loaded.linear.weight)
+    loaded = dense_cifar(name, 0, data, tmp_path, recipe=recipe)
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in trained.state_dict().items())
 
 
 # -- which rows ----------------------------------------------------------------------------
@@ -81,7 +85,11 @@ def test_rows_without_sense_are_left_out() -> None:
     assert not [c for c in found if c.method == "bn-scale" and c.network.startswith("lenet")]
     assert {c.method for c in found if c.ratio == "auto"} == set(accuracy.NOISE)
     assert {c.mode for c in found if c.method.startswith("tp-")} == {"joint"}
-    assert {c.network for c in found if c.method == "tp-inner"} == {"resnet20", "resnet56"}
+    assert {c.network for c in found if c.method == "tp-inner"} == {
+        "resnet18",
+        "resnet20",
+        "resnet56",
+    }
 
 
 def test_shards_are_disjoint_and_cover_everything() -> None:

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rbp": {},
     "rbp without a target": {
         "target": None,
-        "recursion": Recursion(3, strength=0.05, noise_lr=0.3),
+        "recursion": Recursion(3, strength=0.8, noise_lr=0.3),
     },
     "strict recursion": {"recursion": Recursion(epochs=2, window=1), "distill": True},
     "sbp": {"method": "sbp", "training": Training(accumulate=2)},

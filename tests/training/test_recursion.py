@@ -186,7 +186,7 @@ class TestRecords:
 class TestStrength:
     def test_a_larger_strength_keeps_fewer(self, dense: nn.Module) -> None:
         kept = []
-        for strength in (1e-6, 0.03, 1.0):
+        for strength in (1e-5, 0.5, 16.0):
             torch.manual_seed(0)
             training = recursive(dense, strength=strength, noise_lr=0.2, epochs=5)
             training.run(BATCHES)
@@ -194,8 +194,23 @@ class TestStrength:
         assert kept[0] > kept[1] > kept[2]
         assert kept[2] == 2  # the best unit of either group stays
 
+    @pytest.mark.parametrize("width", [6, 96])
+    def test_it_is_the_price_of_the_whole_network(self, width: int) -> None:
+        """Closing every gate earns it, however many units share it."""
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, width), nn.ReLU(), nn.Linear(width, 3))
+        training = recursive(model, strength=2.0)
+        (gate,) = training.gates
+        gate.phase = Phase.NOISY
+
+        def pull(openness: float) -> float:
+            nn.init.constant_(gate.gate_logit, math.log(openness / (1 - openness)))
+            return training._penalty(examples=10_000).item()
+
+        # The entropy of the noise is the same for a gate and its opposite.
+        assert pull(0.9) - pull(0.1) == pytest.approx(2.0 * (0.9 - 0.1), rel=1e-4)
+
     def test_the_method_decides_without_a_budget(self, dense: nn.Module) -> None:
-        training = recursive(dense, strength=0.3, noise_lr=0.2, epochs=5)
+        training = recursive(dense, strength=5.0, noise_lr=0.2, epochs=5)
         training.run(BATCHES)
         plan = plan_of(training)
         for group in training.selection.analysis.groups:

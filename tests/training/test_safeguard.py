@@ -213,7 +213,7 @@ class TestLoaders:
     def test_a_constant_label(self, dense) -> None:
         """Nothing has to be told apart: no group loses every unit."""
         loader = [(images, torch.zeros_like(labels)) for images, labels in BATCHES]
-        settings = {"target": None, "recursion": Recursion(10, strength=3.0, noise_lr=0.5)}
+        settings = {"target": None, "recursion": Recursion(10, strength=50.0, noise_lr=0.5)}
         result = pruned(dense, loader, **settings)
         assert all(after >= 1 for _, after in result.report.widths.values())
         assert result.model(BATCHES[0][0]).argmax(1).eq(0).all()
