@@ -133,8 +133,7 @@ def _latency(
     "--strength",
     metavar="X",
     type=_POSITIVE,
-    help="How hard to prune without a target. "
-    "For rbp 0.5 is cautious, 2 the default, 8 bold.",
+    help="How hard to prune without a target. For rbp 0.5 is cautious, 2 the default, 8 bold.",
 )
 @click.option(
     "--recovery-epochs",
