@@ -22,18 +22,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks import _torch_pruning
+from benchmarks import _modelopt, _torch_pruning
 from benchmarks._accuracy_report import page, tables
-from benchmarks._data import ImageData, TensorLoader, add_data_argument, cifar10, mnist
+from benchmarks._accuracy_rows import AUTO, NOISE, RANKINGS, TRAINED, Budget, Case, in_brief, run
+from benchmarks._data import ImageData, add_data_argument, cifar10, mnist
 from benchmarks._record import Deadline, Record, write_aside
 from benchmarks._train import (
     CIFAR_NETWORKS,
@@ -42,56 +41,18 @@ from benchmarks._train import (
     adapted_resnet,
     dense_cifar,
     dense_lenet,
-    evaluation_loader,
-    training_loader,
 )
-from rbpfx import FineTune, Recursion, Target, count_macs, prune, trace
-from rbpfx.errors import TargetError
-from rbpfx.graph.cost import count_parameters
-from rbpfx.methods import find_method
-from rbpfx.training.finetune import finetune
-from rbpfx.training.loop import refresh_batchnorm
-from rbpfx.training.task import Task
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 NETWORKS = ("lenet300100", "lenet5", "resnet20", "resnet18", "resnet56", "vgg16_bn")
 WITH_BLOCKS = ("resnet18", *RESNETS)
 WITHOUT_BATCHNORM = ("lenet300100", "lenet5")
-LEARNING_RATES = {"lenet300100": 0.02, "lenet5": 0.02}
-LEARNING_RATE = 0.01
 ADAPTATION_IMAGES = 10_000  # of the JPEG version, whatever number the rows use
 
-NOISE = ("rbp", "sbp", "bmrs-n", "bmrs-u", "mackay")
-TRAINED = (*NOISE, "auto-balanced")
-RANKINGS = ("magnitude", "bn-scale", "taylor", "random")
 # In the order in which they are run.
-METHODS = ("rbp", *_torch_pruning.METHODS, *TRAINED[1:], *RANKINGS)
+METHODS = ("rbp", *_torch_pruning.METHODS, _modelopt.METHOD, *TRAINED[1:], *RANKINGS)
 MODES = ("recursive", "joint")
 RATIOS = ("2", "4", "1.5", "2.5")
-AUTO = "auto"
-
-
-class Case(NamedTuple):
-    """A row to be: times fewer multiply-accumulates, or `auto` for no target."""
-
-    network: str
-    method: str
-    mode: str
-    ratio: str
-    seed: int
-
-
-class Budget(NamedTuple):
-    """What every method may use: epochs, the share of them before the cut, training images."""
-
-    epochs: float
-    noise_share: float
-    images: int
-
-    @property
-    def noise_epochs(self) -> float:
-        """Epochs before the cut, of methods that train there."""
-        return self.epochs * self.noise_share
 
 
 def main() -> None:
@@ -170,6 +131,8 @@ def makes_sense(network: str, method: str, mode: str, ratio: str) -> bool:
     if method in _torch_pruning.METHODS:
         inner = _torch_pruning.METHODS[method].inner_only
         return mode == "joint" and ratio != AUTO and (network in WITH_BLOCKS or not inner)
+    if method == _modelopt.METHOD:
+        return mode == "joint" and ratio != AUTO
     if ratio == AUTO and method not in NOISE:
         return False
     return method != "bn-scale" or network not in WITHOUT_BATCHNORM
@@ -224,7 +187,7 @@ def run_missing(record: Record, main_record: Record, options: argparse.Namespace
         data = loaded.data(case.network)
         row = run(case, loaded.dense(case.network, case.seed), data, budget, options.device)
         record.add(key, row)
-        print(f"          {_in_brief(row)}", flush=True)
+        print(f"          {in_brief(row)}", flush=True)
 
 
 class _Loaded:
@@ -270,124 +233,6 @@ class _Loaded:
         return adapted_resnet(
             network, data, options.data_dir, ADAPTATION_IMAGES, device=options.device
         )
-
-
-def run(
-    case: Case, dense: nn.Module, data: ImageData, budget: Budget, device: str = "cpu"
-) -> dict[str, Any]:
-    """One row; a row that fails says why."""
-    loader, test = training_loader(data, budget.images, case.seed), evaluation_loader(data)
-    row: dict[str, Any] = {
-        **case._asdict(),
-        "data": data.name,
-        "images": len(loader.dataset),
-        "test_images": len(data.test_images),
-        "epochs": budget.epochs,
-        "noise_share": budget.noise_share,
-        "noise_epochs": 0,
-    }
-    started = time.perf_counter()
-    work = _with_torch_pruning if case.method in _torch_pruning.METHODS else _with_rbpfx
-    try:
-        row |= work(case, dense, loader, test, budget, torch.device(device))
-    except TargetError as error:
-        row |= {"failure": "unreachable", "reason": str(error)}
-    except Exception as error:  # a long run goes on; the row is there to be looked at
-        row |= {"failure": type(error).__name__, "reason": str(error).split("\n")[0][:300]}
-    return row | {"seconds": round(time.perf_counter() - started, 1)}
-
-
-def _with_rbpfx(
-    case: Case,
-    dense: nn.Module,
-    loader: TensorLoader,
-    test: TensorLoader,
-    budget: Budget,
-    device: torch.device,
-) -> dict[str, Any]:
-    recursion: Recursion | None = None
-    lr = LEARNING_RATES.get(case.network, LEARNING_RATE)
-    if case.method in TRAINED or case.mode == "recursive":
-        recursion = replace(
-            find_method(case.method).recursion(), epochs=budget.noise_epochs, weight_lr=lr
-        )
-        if case.mode == "joint":
-            recursion = replace(recursion, front=0.0)
-    noise_epochs = budget.noise_epochs if recursion else 0
-    result = prune(
-        dense,
-        loader,
-        method=case.method,
-        target=None if case.ratio == AUTO else Target(macs=1 / float(case.ratio)),
-        val_loader=test,
-        recursion=recursion,
-        recovery=FineTune(epochs=budget.epochs - noise_epochs, lr=lr),
-        distill=True,
-        device=device,
-        seed=case.seed,
-        progress=False,
-    )
-    report = result.report
-    return {
-        "scope": "all groups",
-        "noise_epochs": noise_epochs,
-        "dense_accuracy": report.dense.accuracy,
-        "macs_kept": round(report.pruned.macs / report.dense.macs, 5),
-        "params_kept": round(report.pruned.parameters / report.dense.parameters, 5),
-        "accuracy_after_cut": report.accuracy_after_cut,
-        "accuracy": report.pruned.accuracy,
-        "verification_error": report.verification_error,
-        "widths": "-".join(str(kept) for _, kept in report.widths.values()),
-    }
-
-
-def _with_torch_pruning(
-    case: Case,
-    dense: nn.Module,
-    loader: TensorLoader,
-    test: TensorLoader,
-    budget: Budget,
-    device: torch.device,
-) -> dict[str, Any]:
-    settings = _torch_pruning.METHODS[case.method]
-    task, lr = Task(device=device), LEARNING_RATES.get(case.network, LEARNING_RATE)
-    torch.manual_seed(case.seed)
-    inputs = loader.dataset.tensors[0][:2].to(device)
-    dense_macs = count_macs(trace(dense, inputs))
-    model = _torch_pruning.understood(dense)
-    noise_epochs = budget.noise_epochs if settings.sparse else 0
-    if settings.sparse:
-        model = _torch_pruning.learn_sparsity(
-            model, loader, task, noise_epochs, lr, settings, dense
-        )
-    cut = _torch_pruning.cut_to(model, inputs, dense_macs / float(case.ratio), settings)
-    facts = {
-        "scope": _torch_pruning.scope(dense, settings),
-        "noise_epochs": noise_epochs,
-        "dense_accuracy": task.accuracy(dense, test),
-    }
-    if cut is None:
-        return facts | {"failure": "unreachable", "reason": "no ratio reaches the target"}
-    pruned = cut.model.to(memory_format=torch.channels_last)
-    refresh_batchnorm(pruned, loader, task)
-    after_cut = task.accuracy(pruned, test)
-    finetune(pruned, loader, task, FineTune(budget.epochs - noise_epochs, lr), dense)
-    layers = [m for m in pruned.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return facts | {
-        "macs_kept": round(cut.macs / dense_macs, 5),
-        "params_kept": round(count_parameters(pruned) / count_parameters(dense), 5),
-        "accuracy_after_cut": after_cut,
-        "accuracy": task.accuracy(pruned, test),
-        "channel_ratio": cut.ratio,
-        "widths": "-".join(str(layer.weight.shape[0]) for layer in layers[:-1]),
-    }
-
-
-def _in_brief(row: dict[str, Any]) -> str:
-    if "failure" in row:
-        return f"{row['failure']}: {row['reason']}"
-    shares = [f"{100 * row[n]:.2f}" for n in ("dense_accuracy", "accuracy_after_cut", "accuracy")]
-    return f"{' -> '.join(shares)} % at {row['macs_kept']:.1%} MACs, {row['seconds']} s"
 
 
 if __name__ == "__main__":

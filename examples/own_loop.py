@@ -3,7 +3,7 @@
 `rbpfx.prune` does nothing else, with more care: it hardens group after group, and projects the
 gates onto a budget. Here is the least that works, on scikit-learn's digits:
 
-    python examples/own_loop.py --strength 0.003
+    python examples/own_loop.py --strength 2
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main(options: argparse.Namespace) -> None:
     gates = rbpfx.noise_gates(noisy)
 
     # 2. A loop like any other; the only news are a penalty and a learning rate for the noise.
+    units = sum(gate.size for gate in gates)
     noise = [p for gate in gates for p in gate.parameters()]
     weights = [p for p in noisy.parameters() if not any(p is n for n in noise)]
     optimizers = [
@@ -41,7 +42,8 @@ def main(options: argparse.Namespace) -> None:
     for _ in range(options.epochs):
         for images, labels in loader:
             loss = F.cross_entropy(noisy(images), labels)
-            loss = loss + sum(gate.penalty(options.strength, examples).sum() for gate in gates)
+            price = options.strength / units  # of one channel
+            loss = loss + sum(gate.penalty(price, examples).sum() for gate in gates)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss.backward()
@@ -83,8 +85,8 @@ def top1(network: nn.Module, loader) -> float:
 if __name__ == "__main__":
     arguments = parser(__doc__)
     arguments.add_argument("--epochs", type=int, default=12, help="passes with noise")
-    arguments.add_argument("--strength", type=float, default=0.003, help="price of a channel, nats")
+    arguments.add_argument("--strength", type=float, default=2, help="price of the network, nats")
     options = arguments.parse_args()
     if options.tiny:
-        options.epochs, options.strength = 2, 0.03
+        options.epochs, options.strength = 2, 20
     main(options)

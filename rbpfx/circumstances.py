@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,14 +33,17 @@ def in_words(settings: object) -> str:
         return getattr(settings, "__qualname__", type(settings).__qualname__)
     if not is_dataclass(settings) or isinstance(settings, type):
         return type(settings).__name__
-    values = ((f.name, getattr(settings, f.name)) for f in fields(settings))
-    default = type(settings)()
+    values = ((field, getattr(settings, field.name)) for field in fields(settings))
     given = [
-        f"{name}={in_words(value) if callable(value) else repr(value)}"
-        for name, value in values
-        if value != getattr(default, name)
+        f"{field.name}={in_words(value) if callable(value) else repr(value)}"
+        for field, value in values
+        if value != _default(field)
     ]
     return f"{type(settings).__name__}({', '.join(given)})"
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def processor() -> str:

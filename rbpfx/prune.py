@@ -128,10 +128,12 @@ def prune(
         InputError: Loader, loss and model do not fit together.
         CaptureError: Nothing of the model can be traced, or the graph differs from it.
         NothingToPruneError: No channel of the model may be removed.
-        TargetError: The target cannot be reached.
+        TargetError: The target cannot be reached, or the method only ranks and there is none.
         DivergenceError: The loss stopped being finite, and lower learning rates did not help; the
             result so far is `error.result`.
         VerificationError: Slicing changed the function. The result is not used.
+        DistributedError: The processes differ, or one does not answer.
+        RbpfxError: No method has that name, or a setting has no such value.
 
     Examples:
         >>> result = prune(model, loader, target=Target(macs=0.5))  # doctest: +SKIP

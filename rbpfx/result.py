@@ -39,7 +39,7 @@ class PruningResult:
         dense: The captured network in its original size, with the weights that the training of
             the gates left: `rewrite(dense, analysis, plan)` is the cut before fine-tuning, but
             for multipliers that were folded in.
-        analysis: Its analysis.
+        analysis: Its analysis; None once the result was pickled or copied.
         source: A weak reference to the model that was given to `prune`, for `rbpfx.rebind`.
         origin: What has to be known of that model to rebuild the network from files.
     """
@@ -60,7 +60,7 @@ class PruningResult:
             options: Those of `rbpfx.deploy`: `dtype`, `compile`, and others.
 
         Raises:
-            RbpfxError: The result was loaded or pickled, and the example inputs are gone; use
+            RbpfxError: The result was pickled or copied, and the example inputs are gone; use
                 `rbpfx.deploy(result.model, example_inputs)`.
             VerificationError: The deployed network differs.
         """
@@ -132,7 +132,10 @@ class PruningResult:
 
         Raises:
             TargetError: A target cannot be reached, or has no budget.
-            RbpfxError: The result was loaded or pickled: the gates and the loader are gone.
+            InputError: A target prunes groups that were excluded when the gates were trained.
+            VerificationError: Slicing changed the function.
+            DivergenceError: The loss of a fine-tuning stopped being finite.
+            RbpfxError: The result was pickled or copied: the gates and the loader are gone.
         """
         if self.emission is None:
             raise RbpfxError(

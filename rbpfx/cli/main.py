@@ -30,7 +30,7 @@ Try it:
   rbpfx bench pruned
   rbpfx export pruned --onnx
 
-'rbpfx COMMAND --help' explains a command. Every command takes --json, --quiet, -v and --debug.
+'rbpfx COMMAND --help' explains a command. All but the last take --json, --quiet, -v and --debug.
 'rbpfx completion --help' says how to let your shell complete all this.
 
 \b

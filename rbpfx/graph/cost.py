@@ -15,8 +15,8 @@ from rbpfx.graph.rules.base import find_rule
 def count_macs(gm: nn.Module) -> int:
     """Multiply-accumulates per example of a graph with metadata.
 
-    Convolutions and linear layers count; a bias, a BatchNorm or an activation does not, as is
-    usual in the pruning literature.
+    Convolutions, linear and recurrent layers, matrix products and attention count; a bias, a
+    BatchNorm or an activation does not, as is usual in the pruning literature.
 
     Args:
         gm: A graph from `rbpfx.trace` or `rbpfx.rewrite`.
@@ -32,7 +32,11 @@ def count_macs(gm: nn.Module) -> int:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, tied ones counted once."""
+    """Number of parameters, tied ones counted once; buffers are none.
+
+    Args:
+        module: Any module.
+    """
     return sum(p.numel() for p in module.parameters())
 
 

@@ -36,7 +36,7 @@ class ChannelGroup:
     """Channels that can be removed one unit at a time, and are decided together.
 
     Attributes:
-        name: Qualified name of the first producer, as in `named_modules()`.
+        name: Qualified name of the first producer; its second group has `#2` behind it.
         size: Number of units.
         producers: Names of the modules or parameters that bring the channels to life.
         reads: The edges on which the channels are contracted.

@@ -53,6 +53,9 @@ def verify(
         suppresses boxes), the largest figure of its parts, each on what it gets in `masked`.
         Infinite if shapes, the number of outputs, or entries that are not finite differ, or if
         an output has no finite entry at all, so that nothing could be compared.
+
+    Raises:
+        InputError: `example_inputs` do not fit the forward of `masked`.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = {

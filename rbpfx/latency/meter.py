@@ -66,7 +66,7 @@ class PlanMeter:
 
     @cached_property
     def dense_seconds(self) -> float:
-        """Latency of the dense network."""
+        """Latency of the dense network, in seconds."""
         seconds: float = self.first(
             lambda: measure_latency(self.dense, self.inputs, seconds=self.SECONDS[0]).median
         )

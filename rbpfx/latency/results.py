@@ -49,6 +49,9 @@ class Comparison:
         model: Time of the other one.
         speedup: How many times faster the model is: the median of the ratios of all rounds.
         quartiles: Between which two ratios half of the rounds lie.
+
+    Raises:
+        InputError: They were not measured together, or in fewer than two rounds.
     """
 
     baseline: Latency

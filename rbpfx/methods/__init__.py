@@ -35,15 +35,19 @@ METHODS: dict[str, type[Method]] = {
         Random,
     )
 }
+"""Name -> class of the methods that rbpfx comes with; each can be made without arguments."""
 
 
 def find_method(method: str | Method) -> Method:
     """A method by name, or the object itself.
 
     Raises:
-        RbpfxError: No method has that name.
+        RbpfxError: No method has that name, or the object has none.
     """
     if isinstance(method, Method):
+        if not isinstance(getattr(method, "name", None), str):
+            kind = type(method).__name__
+            raise RbpfxError(f"{kind} has no name for the report: give the class one, name = '...'")
         return method
     if method not in METHODS:
         raise RbpfxError(f"no method is called {method!r}; there are: {', '.join(METHODS)}")
@@ -70,6 +74,10 @@ def insert_noise(
         A new graph. In train mode every group's multipliers are drawn once per example and call
         and used at all reads; in eval mode they are the posterior means. `noise_gates` lists the
         gates.
+
+    Raises:
+        RbpfxError: No method has that name, or it cannot rank a group.
+        PlanError: No group has that name.
     """
     method = find_method(method)
     names = [g.name for g in analysis.groups] if groups is None else list(groups)
@@ -85,7 +93,11 @@ def insert_noise(
 
 
 def noise_gates(noisy: nn.Module) -> list[Gate]:
-    """The gates of a graph, those of methods without noise too, in the order of the groups."""
+    """The gates of a graph, those of methods without noise too, in the order of the groups.
+
+    Args:
+        noisy: From `insert_noise`.
+    """
     return [module for module in noisy.modules() if isinstance(module, Gate)]
 
 

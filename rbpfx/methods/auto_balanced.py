@@ -96,15 +96,19 @@ class AutoBalancedGate(Gate):
 
 @dataclass(frozen=True)
 class AutoBalanced(Method):
-    """Auto-Balanced Filter Pruning. It needs a target, which says how many filters go.
+    """Auto-Balanced Filter Pruning (Ding et al., AAAI 2018).
 
-    The publication leaves widths to the user and does not state alpha, as far as we could find:
-    the same share of every group, and the value of `Recursion.strength`, are ours (measured in
-    docs/experiments.md).
+    It needs a target, which says how many filters go. The publication leaves widths to the user
+    and does not state alpha, as far as we could find: the same share of every group, and the value
+    of `strength`, are ours.
 
     Attributes:
         scope: "local" keeps the same share of every group, "global" compares importances
-            divided by the group's mean.
+            divided by the group's mean, "l2" by their norm.
+        strength: alpha, with a target too.
+
+    Raises:
+        RbpfxError: There is no such scope.
     """
 
     scope: str = "local"

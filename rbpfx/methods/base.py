@@ -138,7 +138,8 @@ class Gate(nn.Module, ABC):
         """What every unit adds to the loss of a training example, `(size,)`; 0 by default.
 
         Args:
-            strength: How strongly units are asked to close; the method gives its meaning.
+            strength: How strongly a unit is asked to close: `Recursion.strength`, or one unit's
+                share of it (`Method.shares_strength`). The method gives its meaning.
             examples: Number of training examples.
         """
         return torch.zeros_like(self.constants)
@@ -211,7 +212,8 @@ class Method(ABC):
     """A way to learn which units are redundant. Stateless; gates hold the state.
 
     Attributes:
-        name: What `prune(method=...)` calls it.
+        name: What reports and saved plans call it, and `prune(method=...)` if it is in `METHODS`;
+            has to be given.
         decides: Whether it has a rule of its own, so that no target is needed.
         trains: Whether there is something to train before the decision. If not, `prune` goes
             straight to the decision unless a recursion is asked for.

@@ -146,7 +146,10 @@ class _BMRS(Method):
 
 @dataclass(frozen=True)
 class BMRSN(_BMRS):
-    """BMRS with an approximate point mass as the reduced prior. Cautious."""
+    """BMRS with an approximate point mass as the reduced prior. Cautious.
+
+    Wright et al., NeurIPS 2024, arXiv 2406.01345.
+    """
 
     name = "bmrs-n"
 
@@ -157,10 +160,15 @@ class BMRSN(_BMRS):
 
 @dataclass(frozen=True)
 class BMRSU(_BMRS):
-    """BMRS with a uniform distribution over negligible multipliers as the reduced prior.
+    """BMRS with a log-uniform distribution over negligible multipliers as the reduced prior.
+
+    Wright et al., NeurIPS 2024, arXiv 2406.01345.
 
     Attributes:
         bits: A multiplier counts as zero below 2^-bits; 8 and 4 are published, and 4 removes more.
+
+    Raises:
+        RbpfxError: `bits` is not from 0 to 22.
     """
 
     bits: int = 8

@@ -170,7 +170,7 @@ class MacKayGate(NoiseGate):
 
 @dataclass(frozen=True)
 class MacKay(Method):
-    """MacKay's evidence framework on channels.
+    """MacKay's evidence framework on channels (MacKay 1992; Li et al., UAI 2016, on weights).
 
     Attributes:
         initial_log_std: log s at the start, in [-10, 0]; the value is ours.

@@ -152,7 +152,10 @@ class Magnitude(Ranking):
     Attributes:
         power: p of the norm.
         scope: "local" keeps the same share of every group, "global" compares norms divided by
-            the group's mean.
+            the group's mean, "l2" by their norm.
+
+    Raises:
+        RbpfxError: There is no such scope, or `power` is not positive.
     """
 
     power: float = 2.0
@@ -174,7 +177,10 @@ class BatchNormScale(Ranking):
     """BatchNorm scales (Liu et al., Network Slimming, ICCV 2017, arXiv 1708.06519), not sparsified.
 
     Attributes:
-        scope: "global", as published, or "local".
+        scope: How groups are compared: "global", as published, "local" or "l2".
+
+    Raises:
+        RbpfxError: There is no such scope.
     """
 
     scope: str = "global"
@@ -194,6 +200,9 @@ class Taylor(Ranking):
 
     Attributes:
         scope: How groups are compared: "l2", as published, "global" or "local".
+
+    Raises:
+        RbpfxError: There is no such scope.
     """
 
     scope: str = "l2"

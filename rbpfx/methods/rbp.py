@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rbpfx.errors import RbpfxError
 from rbpfx.graph.groups import ChannelGroup
 from rbpfx.methods.base import Method, NoiseGate
 
@@ -100,7 +101,7 @@ class RBPGate(NoiseGate):
 
 @dataclass(frozen=True)
 class RBP(Method):
-    """Recursive Bayesian Pruning.
+    """Recursive Bayesian Pruning (Zhou et al., ICCV 2019, arXiv 1812.00353).
 
     The paper states neither the initial rate nor the threshold; both values are ours (see
     docs/experiments.md).
@@ -110,6 +111,9 @@ class RBP(Method):
         threshold: A unit whose mean gate lies below is redundant, in (0, 1).
         strength: Price of the whole network in nats of training loss, of which every unit has the
             share that it has of the cost: lambda / N summed over all units.
+
+    Raises:
+        RbpfxError: A setting does not lie between 0 and 1.
     """
 
     initial_rate: float = 0.05
@@ -119,6 +123,11 @@ class RBP(Method):
     shares_strength = True
     budgeted_strength = 0.0
     noise_lr = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("initial_rate", "threshold"):
+            if not 0 < getattr(self, name) < 1:
+                raise RbpfxError(f"RBP({name}={getattr(self, name)}) lies between 0 and 1")
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Gaussian dropout noise for the units of a group."""

@@ -14,6 +14,7 @@ from math import log
 import torch
 from torch import Tensor, nn
 
+from rbpfx.errors import RbpfxError
 from rbpfx.graph.groups import ChannelGroup
 from rbpfx.methods import log_normal
 from rbpfx.methods.base import Method, NoiseGate, Phase
@@ -96,18 +97,25 @@ class SBPGate(NoiseGate):
 
 @dataclass(frozen=True)
 class SBP(Method):
-    """Structured Bayesian Pruning.
+    """Structured Bayesian Pruning (Neklyudov et al., NIPS 2017, arXiv 1705.07283).
 
     Attributes:
         initial_log_sigma: Log scale of the noise at the start, in [-20, 5].
         threshold: A unit whose signal-to-noise ratio lies at or below is redundant; positive.
         strength: Weight of the divergence in the evidence lower bound; 1 is the bound itself.
+
+    Raises:
+        RbpfxError: The threshold is not positive.
     """
 
     initial_log_sigma: float = -5.0
     threshold: float = 1.0
     name = "sbp"
     strength = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise RbpfxError(f"SBP(threshold={self.threshold}) must be positive")
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Truncated log-normal noise for the units of a group."""

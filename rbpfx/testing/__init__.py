@@ -48,7 +48,7 @@ def check_rule(
     Args:
         operator: A module or function of tensors, with a registered rule. Train mode must draw
             nothing at random.
-        examples: Inputs of the operator, any values.
+        examples: Inputs of the operator, four at most, any values.
         dim: The channel axis: 1 or the last. Layers in front produce it, a layer behind reads it.
         plans: How many random plans to try.
         prunable: Whether the rule lets any channel go; if so, one must.
@@ -57,6 +57,7 @@ def check_rule(
     Raises:
         AssertionError: A law is broken; says which, and by which plan.
         RuleError: The rule contradicts the shapes, or leaves a graph that does not run.
+        ValueError: `dim` is another axis.
 
     Examples:
         >>> check_rule(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), torch.randn(3, 8, 5, 5))

@@ -45,6 +45,9 @@ class FineTune:
         scheduler: Called with the optimiser and the number of steps; returns what sets the
             learning rate, stepped without arguments after every optimiser step. The cosine and
             `warmup` are not used then.
+
+    Raises:
+        RbpfxError: A setting has no such value.
     """
 
     epochs: float = 3.0

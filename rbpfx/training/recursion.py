@@ -47,10 +47,10 @@ class Progress:
         hardened: Number of groups hardened.
         loss: Data loss of the step.
         bound: Negative evidence lower bound per example of the step, up to the constant N.
-        strength: The prior's strength for a unit of average cost, per example.
+        strength: `Recursion.strength` as set, or as the target found it; 0 after the cut.
         cost: Expected share of the cost: of the parameters if these are the target, else of the
             multiply-accumulates.
-        open_gates: Number of units with a mean above one half.
+        open_gates: Number of units that are more likely to stay than not.
         phase: "noise" while gates are trained, "fine-tuning" after the cut; nothing is at the
             front then, and the bound is the loss.
     """
@@ -115,9 +115,9 @@ class RecursiveTraining:
         )
         aware = settings.cost_aware and method.cost_weighted
         self.weights = unit_weights(selection, self.gates, aware)
-        strength = method.strength if settings.strength is None else settings.strength
+        self.strength = method.strength if settings.strength is None else settings.strength
         units = sum(gate.size for gate in self.gates)
-        self.strength = strength / units if method.shares_strength else strength
+        self.share = 1 / units if method.shares_strength else 1.0
         self.step = 0
         self.front = 0
         self.history: list[dict[str, Any]] = []
@@ -260,7 +260,8 @@ class RecursiveTraining:
         if not self.method.trains:
             return 0.0
         self.decisions.sharpness = self._schedule.sharpness(self.step, self.settings.sharpness)
-        return self.projection.apply(optimizer, self._schedule.budget(self.step, self.budget))
+        budget = self._schedule.budget(self.step, self.budget)
+        return self.projection.apply(optimizer, budget) / self.share
 
     def _end_step(
         self, losses: Losses, strength: float, report: Callable[[Progress], None] | None
@@ -315,7 +316,8 @@ class RecursiveTraining:
         total = self.weights[0].new_zeros(())
         for gate, weight in zip(self.gates, self.weights, strict=True):
             if gate.phase is Phase.NOISY:
-                total = total + weight.to(total) * gate.penalty(strength, examples).sum()
+                penalty = gate.penalty(self.share * strength, examples)
+                total = total + weight.to(total) * penalty.sum()
         return total
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:

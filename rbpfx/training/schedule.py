@@ -25,7 +25,7 @@ class Recursion:
             lowers the mean training loss by more than its share of the cost times this. (The
             prior's lambda = 1 / (2 eps^2), divided by N and summed over all channels.) For the
             other noise methods it multiplies the divergence of the evidence lower bound. With a
-            target the strength is found, not set.
+            target the strength is found, not set; but for `AutoBalanced`, whose alpha it is.
         window: How many groups are noisy at a time. 1 is the strict recursion; None makes all
             groups noisy from the start, the front then hardens them one by one.
         front: Share of the steps during which the front passes, if `window` is None. 0 hardens
@@ -44,6 +44,9 @@ class Recursion:
         tolerance: See `patience`.
         cost_aware: Weigh every unit's divergence by what it costs: multiply-accumulates, or
             parameters if these are the target.
+
+    Raises:
+        RbpfxError: A setting has no such value.
     """
 
     epochs: float = 3.0
@@ -66,6 +69,11 @@ class Recursion:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RbpfxError(f"Recursion({name}={value}) must be positive")
+        for name in ("weight_lr", "weight_decay", "tolerance"):
+            if not getattr(self, name) >= 0:
+                raise RbpfxError(f"Recursion({name}={getattr(self, name)}) must not be negative")
+        if not min(self.sharpness) > 0:
+            raise RbpfxError(f"Recursion(sharpness={self.sharpness}) must be positive")
         if self.window is not None and self.window < 1:
             raise RbpfxError(f"Recursion(window={self.window}) must be at least 1, or None")
         if self.decisions not in DECISIONS:

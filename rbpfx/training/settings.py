@@ -51,7 +51,10 @@ class Training:
         train_step: Called as `train_step(model, batch, update)` for every batch, in train mode and
             under autocast. With `accumulate`, weights change with the last batch of a step only.
         strategy: How training is spread over processes; None for `rbpfx.Distributed` if
-            `torch.distributed` is initialised, as under torchrun, and for one process otherwise.
+            `torch.distributed` has several, as under torchrun, and for one process otherwise.
+
+    Raises:
+        RbpfxError: A setting has no such value.
     """
 
     precision: str = "float32"

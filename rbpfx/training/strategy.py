@@ -121,8 +121,11 @@ class Distributed(Strategy):
     """The processes of `torch.distributed`, as `torchrun` starts them.
 
     Gradients are averaged by `DistributedDataParallel`. Running statistics of BatchNorm are those
-    of the first process in the end. `prune` uses this by itself if the default process group is
-    initialised.
+    of the first process in the end. `prune` uses this by itself if the default process group has
+    several processes.
+
+    Raises:
+        RbpfxError: `torch.distributed` is not initialised.
     """
 
     def __init__(self) -> None:
@@ -189,7 +192,12 @@ class Distributed(Strategy):
         return values
 
     def first(self, work: Callable[[], T]) -> T:
-        """Let the first process do something; all get its outcome."""
+        """Let the first process do something; all get its outcome.
+
+        Raises:
+            RbpfxError: What the work raises, in all processes.
+            DistributedError: Another process does not answer.
+        """
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -205,7 +213,11 @@ class Distributed(Strategy):
         return result
 
     def synchronize(self, model: nn.Module) -> None:
-        """Broadcast parameters and buffers from the first process."""
+        """Broadcast parameters and buffers from the first process.
+
+        Raises:
+            DistributedError: Another process does not answer.
+        """
         with torch.no_grad(), _talking():
             for tensor in [*model.parameters(), *model.buffers()]:
                 exchanged = tensor.detach().to(_exchange_device(tensor.device)).contiguous()

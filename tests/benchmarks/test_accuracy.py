@@ -12,12 +12,14 @@ from torch import nn
 
 from benchmarks import _torch_pruning, accuracy
 from benchmarks._accuracy_report import page, section
+from benchmarks._accuracy_rows import Budget, Case, run
 from benchmarks._data import ImageData
 from benchmarks._models import VGG16BN, CifarResNet, LeNet300100
 from benchmarks._record import Record
 from benchmarks._train import Recipe, dense_cifar
-from benchmarks.accuracy import Budget, Case, cases, key_of, merge, run, shard
+from benchmarks.accuracy import cases, key_of, merge, shard
 from rbpfx import count_macs, trace
+from rbpfx.training.task import Task
 
 BRIEF = Budget(epochs=2, noise_share=0.5, images=0)
 IMAGES = torch.zeros(2, 3, 32, 32)
@@ -84,7 +86,7 @@ def test_rows_without_sense_are_left_out() -> None:
     found = cases(accuracy.NETWORKS, accuracy.METHODS, accuracy.MODES, ["2", "auto"], [0])
     assert not [c for c in found if c.method == "bn-scale" and c.network.startswith("lenet")]
     assert {c.method for c in found if c.ratio == "auto"} == set(accuracy.NOISE)
-    assert {c.mode for c in found if c.method.startswith("tp-")} == {"joint"}
+    assert {c.mode for c in found if c.method.startswith(("tp-", "modelopt"))} == {"joint"}
     assert {c.network for c in found if c.method == "tp-inner"} == {
         "resnet18",
         "resnet20",
@@ -122,6 +124,17 @@ def test_a_row_of_torch_pruning(stripes: ImageData, method: str, noise: float) -
     assert "failure" not in row, row
     assert 0.45 < row["macs_kept"] <= 0.5
     assert row["noise_epochs"] == noise
+    json.dumps(row)
+
+
+def test_a_row_of_modelopt(stripes: ImageData) -> None:
+    pytest.importorskip("modelopt")
+    torch.manual_seed(0)
+    case = Case("lenet300100", "modelopt-fastnas", "joint", "2", 0)
+    row = run(case, LeNet300100(), stripes, BRIEF)
+    assert "failure" not in row, row
+    assert 0 < row["macs_kept"] <= 0.5  # nothing is trained, so any width is as good
+    assert (row["noise_epochs"], row["scope"]) == (0, "the channels that FastNAS can narrow")
     json.dumps(row)
 
 
@@ -237,7 +250,7 @@ def test_sparse_learning_shrinks_weights_and_leaves_shortcuts_alone(resnet: nn.M
     model = _torch_pruning.understood(resnet)
     batch = [(torch.randn(8, 3, 32, 32), torch.arange(8))]
     settings = _torch_pruning.METHODS["tp-sparse"]
-    task = accuracy.Task()
+    task = Task()
     learnt = _torch_pruning.learn_sparsity(model, batch, task, 2, 0.01, settings, resnet)
     fixed = model.layer2[0].shortcut.weight
     assert torch.equal(learnt.layer2[0].shortcut.weight, fixed)

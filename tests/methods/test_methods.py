@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 import rbpfx
-from rbpfx import METHODS, FineTune, PruningResult, RbpfxError, Recursion, Target, TargetError
+from rbpfx import (
+    METHODS,
+    RBP,
+    SBP,
+    FineTune,
+    PruningResult,
+    RbpfxError,
+    Recursion,
+    Target,
+    TargetError,
+)
 from rbpfx.graph.verification import difference
 from rbpfx.methods import Gate, Phase, find_method, insert_noise, noise_gates
 from tests.toy import ShortcutNet, stripes, trained
@@ -39,6 +49,22 @@ def test_a_target_is_met_exactly(dense: nn.Module, name: str, mode: str) -> None
     assert report.verification_error < 1e-9
     assert len(report.history) == 2
     assert result.model(BATCHES[0][0]).isfinite().all()
+
+
+def test_a_method_needs_a_name(dense: nn.Module) -> None:
+    class Nameless(RBP):
+        name = None  # type: ignore[assignment]
+
+    with pytest.raises(RbpfxError, match="Nameless has no name"):
+        prune(dense, Nameless())
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong"), [(RBP, "initial_rate"), (RBP, "threshold"), (SBP, "threshold")]
+)
+def test_settings_are_checked(method: type, wrong: str) -> None:
+    with pytest.raises(RbpfxError, match=wrong):
+        method(**{wrong: 0.0})
 
 
 @pytest.mark.parametrize("name", DECIDING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,13 @@ def test_a_missing_plan_is_named(tmp_path: Any) -> None:
         Report.load(tmp_path)
 
 
+@dataclass
+class Wanting:
+    """Settings that have to be given."""
+
+    bits: int
+
+
 def test_settings_are_told_by_what_differs() -> None:
     def my_optimizer(weights: object) -> None: ...
 
@@ -165,6 +173,7 @@ def test_settings_are_told_by_what_differs() -> None:
     assert told.startswith("FineTune(optimizer=")
     assert "my_optimizer" in told
     assert " at 0x" not in told
+    assert in_words(Wanting(3)) == "Wanting(bits=3)"
     assert in_words(nn.ReLU()) == "ReLU"
 
 

@@ -28,13 +28,25 @@ class Rule:
     """How one kind of operator treats channels. Subclass, and register an instance."""
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
-        """Describe the result of `node`; tie, pin and read channels on `state` as needed."""
+        """Describe the result of `node`; tie, pin and read channels on `state` as needed.
+
+        Args:
+            node: A call of the operator, with the value of the example in `node.meta["val"]`.
+            state: The analysis under way.
+
+        Returns:
+            The label of the result; a tuple of them for several results, None for no tensor.
+        """
         raise NotImplementedError
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
         """Adapt the twin of `node` in the emitted graph, and its module's attributes.
 
         Parameters and buffers bound during `propagate` are sliced already.
+
+        Args:
+            node: The call in the analysed graph.
+            state: The emission under way; `state.twin(node)` is the call in the emitted graph.
         """
 
     def moves(self, node: fx.Node) -> bool:
