@@ -58,8 +58,8 @@ out; with `auto` the method decides, and the cell says how far it went.
 
 `joint` decides all groups at one moment (rankings: before any training), `recursive` one after
 another with training in between. `tp-` is Torch-Pruning 1.6.1; how it is used, and what it makes of
-zero-padded shortcuts, is written in `benchmarks/_torch_pruning.py`. `modelopt-fastnas` is FastNAS of
-NVIDIA's Model Optimizer 0.47, used as `benchmarks/_modelopt.py` says.
+zero-padded shortcuts, is written in `benchmarks/_torch_pruning.py`. `modelopt-fastnas` is FastNAS
+of NVIDIA's Model Optimizer 0.47, used as `benchmarks/_modelopt.py` says.
 """
 
 

@@ -5,8 +5,8 @@ images that it is given falls; then it takes in every layer the narrowest width 
 below one threshold, bisected until the network fits. Here the accuracy is that on the last 2 000
 training images, which no method trains on where rows use fewer images than there are; widths are
 multiples of 4 (its default, 32, is all that a layer of a CIFAR ResNet has) in steps of a twentieth,
-as by default; BatchNorm sees 10 batches. Its count of FLOPs is not our count of
-multiply-accumulates, so its constraint is bisected until the network fits by ours.
+as by default; BatchNorm sees 10 batches. It refuses weights in channels-last. Its count of FLOPs is
+not our count of multiply-accumulates, so its constraint is bisected until the network fits by ours.
 
 Needs `pip install nvidia-modelopt "torchprofile==0.0.4"`.
 """
@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks._data import ImageData, TensorLoader
@@ -76,7 +77,7 @@ def cut_to(
 
         def cut(ratio: float) -> Cut:
             found, _ = mtp.prune(
-                copy.deepcopy(model),
+                copy.deepcopy(model).to(memory_format=torch.contiguous_format),
                 mode=[("fastnas", space)],
                 constraints={"flops": f"{100 * (1 - ratio):.4f}%"},
                 dummy_input=inputs,
