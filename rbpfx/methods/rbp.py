@@ -108,12 +108,12 @@ class RBP(Method):
 
     Attributes:
         initial_rate: Dropout rate at the start, in (0, 1).
-        threshold: A unit whose mean gate lies below is redundant, in (0, 1).
+        threshold: A unit whose mean gate lies below is redundant, in [0, 1].
         strength: Price of the whole network in nats of training loss, of which every unit has the
             share that it has of the cost: lambda / N summed over all units.
 
     Raises:
-        RbpfxError: A setting does not lie between 0 and 1.
+        RbpfxError: A setting lies outside of its interval.
     """
 
     initial_rate: float = 0.05
@@ -125,9 +125,10 @@ class RBP(Method):
     noise_lr = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("initial_rate", "threshold"):
-            if not 0 < getattr(self, name) < 1:
-                raise RbpfxError(f"RBP({name}={getattr(self, name)}) lies between 0 and 1")
+        if not 0 < self.initial_rate < 1:
+            raise RbpfxError(f"RBP(initial_rate={self.initial_rate}) must lie in (0, 1)")
+        if not 0 <= self.threshold <= 1:
+            raise RbpfxError(f"RBP(threshold={self.threshold}) must lie in [0, 1]")
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Gaussian dropout noise for the units of a group."""

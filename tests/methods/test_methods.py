@@ -60,11 +60,12 @@ def test_a_method_needs_a_name(dense: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "wrong"), [(RBP, "initial_rate"), (RBP, "threshold"), (SBP, "threshold")]
+    ("method", "name", "value"),
+    [(RBP, "initial_rate", 0.0), (RBP, "threshold", 1.1), (SBP, "threshold", 0.0)],
 )
-def test_settings_are_checked(method: type, wrong: str) -> None:
-    with pytest.raises(RbpfxError, match=wrong):
-        method(**{wrong: 0.0})
+def test_settings_are_checked(method: type, name: str, value: float) -> None:
+    with pytest.raises(RbpfxError, match=name):
+        method(**{name: value})
 
 
 @pytest.mark.parametrize("name", DECIDING)
