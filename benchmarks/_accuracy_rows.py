@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +53,8 @@ class Budget(NamedTuple):
         return self.epochs * self.noise_share
 
 
-class Inputs(NamedTuple):
+@dataclass(frozen=True)
+class Inputs:
     """What every method is given.
 
     Attributes:
@@ -78,7 +80,7 @@ class Inputs(NamedTuple):
         """A small batch, for tracing."""
         return self.loader.dataset.tensors[0][:2].to(self.device)
 
-    @property
+    @cached_property
     def macs(self) -> int:
         """Multiply-accumulates of the dense network per example."""
         return count_macs(trace(self.dense, self.images))

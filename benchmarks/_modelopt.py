@@ -81,7 +81,7 @@ def cut_to(
                 mode=[("fastnas", space)],
                 constraints={"flops": f"{100 * (1 - ratio):.4f}%"},
                 dummy_input=inputs,
-                config=dict(search),
+                config=search,
             )
             return Cut(found, count_macs(trace(found, inputs)), ratio)
 

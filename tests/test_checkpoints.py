@@ -28,7 +28,7 @@ from rbpfx import (
     Training,
 )
 from rbpfx.checkpoints import store as store_module
-from tests.toy import NaNAfter, ShortcutNet, Times, stripes, trained
+from tests.toy import ShortcutNet, Times, nan_after, stripes, trained
 
 BATCHES = stripes()
 STEPS = 12 + 6
@@ -392,7 +392,7 @@ class TestFaults:
 
     def test_the_result_so_far_comes_with_the_error(self, dense) -> None:
         with pytest.raises(DivergenceError) as caught:
-            prune(dense, None, loss_fn=NaNAfter(9))
+            prune(dense, None, loss_fn=nan_after(9))
         result = caught.value.result
         assert result.report.interrupted.startswith("by a fault")
         assert result.report.pruned.macs <= 0.5 * result.report.dense.macs

@@ -28,7 +28,7 @@ from rbpfx import (
     count_macs,
     count_parameters,
 )
-from tests.toy import NaNAfter, ShortcutNet, stripes, trained
+from tests.toy import ShortcutNet, nan_after, stripes, trained
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -536,7 +536,7 @@ class TestDivergence:
         ("steps", "good", "group"), [(0, 0, "stem"), (3, 0, "stem"), (8, 6, "conv1")]
     )
     def test_of_the_noise_training(self, dense, steps: int, good: int, group: str) -> None:
-        loss_fn = NaNAfter(steps)
+        loss_fn = nan_after(steps)
         with pytest.raises(DivergenceError, match=f"group '{group}'") as caught:
             prune(dense, loss_fn=loss_fn, recursion=Recursion(epochs=2, window=1))
         assert caught.value.stage == group
@@ -558,7 +558,7 @@ class TestDivergence:
     @pytest.mark.parametrize("steps", [12, 15])
     def test_of_the_fine_tuning(self, dense, steps: int) -> None:
         with pytest.raises(DivergenceError, match="fine-tuning") as caught:
-            prune(dense, loss_fn=NaNAfter(steps), target=HALF)
+            prune(dense, loss_fn=nan_after(steps), target=HALF)
         assert caught.value.stage == "fine-tuning"
         assert caught.value.step == 1  # that of the second try
         model = caught.value.model

@@ -22,7 +22,6 @@ from rbpfx.training.loop import steps_per_epoch
 from rbpfx.training.record import Curves
 from rbpfx.training.safeguard import Safeguard
 from rbpfx.training.strategy import Strategy
-from rbpfx.training.stream import Stream
 from rbpfx.training.task import Loader, Task
 
 
@@ -124,7 +123,7 @@ def finetune(
         safeguard = Safeguard(
             run,
             stepper,
-            Stream(loader, training.accumulate, task.device, checkpoints is not None),
+            loader,
             place=lambda: ("fine-tuning", " of the fine-tuning"),
             advice="Lower FineTune(lr=...).",
             checkpoints=checkpoints,

@@ -30,7 +30,6 @@ from rbpfx.training.record import MOMENTS, Curves, GateHistograms, due
 from rbpfx.training.safeguard import Safeguard
 from rbpfx.training.schedule import Evidence, Recursion, Schedule
 from rbpfx.training.settings import Training
-from rbpfx.training.stream import Stream
 from rbpfx.training.task import Loader, Task, examples_in
 
 logger = logging.getLogger(__name__)
@@ -117,7 +116,7 @@ class RecursiveTraining:
         self.weights = unit_weights(selection, self.gates, aware)
         self.strength = method.strength if settings.strength is None else settings.strength
         units = sum(gate.size for gate in self.gates)
-        self.share = 1 / units if method.shares_strength else 1.0
+        self._share = 1 / units if method.shares_strength else 1.0
         self.step = 0
         self.front = 0
         self.history: list[dict[str, Any]] = []
@@ -172,7 +171,7 @@ class RecursiveTraining:
         safeguard = Safeguard(
             self,
             stepper,
-            Stream(loader, self.training.accumulate, self.task.device, checkpoints is not None),
+            loader,
             place=lambda: (self._group(), f", with group {self._group()!r} at the front"),
             advice="Lower Recursion(weight_lr=...) or strength.",
             checkpoints=checkpoints,
@@ -261,7 +260,7 @@ class RecursiveTraining:
             return 0.0
         self.decisions.sharpness = self._schedule.sharpness(self.step, self.settings.sharpness)
         budget = self._schedule.budget(self.step, self.budget)
-        return self.projection.apply(optimizer, budget) / self.share
+        return self.projection.apply(optimizer, budget) / self._share
 
     def _end_step(
         self, losses: Losses, strength: float, report: Callable[[Progress], None] | None
@@ -316,7 +315,7 @@ class RecursiveTraining:
         total = self.weights[0].new_zeros(())
         for gate, weight in zip(self.gates, self.weights, strict=True):
             if gate.phase is Phase.NOISY:
-                penalty = gate.penalty(self.share * strength, examples)
+                penalty = gate.penalty(self._share * strength, examples)
                 total = total + weight.to(total) * penalty.sum()
         return total
 

@@ -23,6 +23,7 @@ from rbpfx.training.faults import bad_batch, locate
 from rbpfx.training.interruption import Interruption
 from rbpfx.training.loop import still_finite
 from rbpfx.training.stream import Stream
+from rbpfx.training.task import Loader
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Safeguard:
     Args:
         training: What is trained.
         stepper: Carries out its steps.
-        stream: Its batches.
+        loader: Its batches.
         place: The stage of an error now, and where that is, in words that follow a step.
         advice: What to do about a fault.
         checkpoints: Where to save; None for nowhere.
@@ -80,7 +81,7 @@ class Safeguard:
         self,
         training: Trained,
         stepper: Stepper,
-        stream: Stream,
+        loader: Loader,
         *,
         place: Callable[[], tuple[str, str]],
         advice: str,
@@ -90,7 +91,9 @@ class Safeguard:
         self.training = training
         self.stepper = stepper
         self.strategy = stepper.strategy
-        self.stream = stream
+        self.stream = Stream(
+            loader, stepper.settings.accumulate, stepper.task.device, checkpoints is not None
+        )
         self.place = place
         self.advice = advice
         self.checkpoints = checkpoints
