@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from benchmarks._accuracy_rows import is_automatic
+
 Row = dict[str, Any]
 
 TITLES = {
@@ -54,7 +56,8 @@ of epochs in all, the same distillation from the dense network and the same fine
 percentage points of test accuracy against the dense network, mean ± standard deviation over the
 seeds; ×n is the number of seeds where it is not the largest of the table. In **bold** the best
 mean of a column. Columns are times fewer multiply-accumulates, counted on the network that comes
-out; with `auto` the method decides, and the cell says how far it went.
+out; with `auto` the method decides, and the cell says how far it went (`auto@8`: with
+`Recursion(strength=8)` in place of the method's own).
 
 `joint` decides all groups at one moment (rankings: before any training), `recursive` one after
 another with training in between. `tp-` is Torch-Pruning 1.6.1; how it is used, and what it makes of
@@ -128,13 +131,13 @@ def _table(rows: Sequence[Row], name: str, tablefmt: str) -> str:
             default=None,
         )
         for ratio in columns
-        if ratio != "auto"
+        if not is_automatic(ratio)
     }
     lines = [
         [*line, *(_cell(cells[line, ratio], name, seeds, best.get(ratio)) for ratio in columns)]
         for line in methods
     ]
-    headers = ["method", "mode", *(r if r == "auto" else f"{r}x" for r in columns)]
+    headers = ["method", "mode", *(r if is_automatic(r) else f"{r}x" for r in columns)]
     aligned = ["left", "left", *("right" for _ in columns)]
     return tabulate(lines, headers, tablefmt=tablefmt, disable_numparse=True, colalign=aligned)
 
@@ -151,7 +154,7 @@ def _cell(rows: Sequence[Row], name: str, seeds: int, best: float | None) -> str
         text = f"**{text}**"
     if len(changes) < seeds:
         text += f" ×{len(changes)}"
-    if done[0]["ratio"] == "auto":
+    if is_automatic(done[0]["ratio"]):
         text += f" at {1 / mean(row['macs_kept'] for row in done):.1f}x"
     return text
 
@@ -161,8 +164,11 @@ def _mean(rows: Sequence[Row], name: str) -> float | None:
     return mean(changes) if changes else None
 
 
-def _ratio(text: str) -> float:
-    return float("inf") if text == "auto" else float(text)
+def _ratio(text: str) -> tuple[bool, float]:
+    """Sorts columns: ratios, then automatic, then strengths."""
+    if is_automatic(text):
+        return True, float(text.partition("@")[2] or 0)
+    return False, float(text)
 
 
 def _scopes(rows: Sequence[Row]) -> list[str]:
@@ -173,9 +179,8 @@ def _scopes(rows: Sequence[Row]) -> list[str]:
             row["scope"], []
         ):
             scopes[row["scope"]].append(row["method"])
-    spread = [
-        abs(row["macs_kept"] * float(row["ratio"]) - 1) for row in rows if row["ratio"] != "auto"
-    ]
+    targeted = [row for row in rows if not is_automatic(row["ratio"])]
+    spread = [abs(row["macs_kept"] * float(row["ratio"]) - 1) for row in targeted]
     notes = [f"Pruned in {', '.join(methods)}: {scope}." for scope, methods in scopes.items()]
     if spread:
         notes.append(f"Costs lie at most {100 * max(spread):.1f} % from the target, none above it.")

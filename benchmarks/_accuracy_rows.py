@@ -31,13 +31,27 @@ AUTO = "auto"
 
 
 class Case(NamedTuple):
-    """A row to be: times fewer multiply-accumulates, or `auto` for no target."""
+    """A row to be: times fewer multiply-accumulates, or `auto` for no target.
+
+    `auto@8` is without a target too, with `Recursion(strength=8)`.
+    """
 
     network: str
     method: str
     mode: str
     ratio: str
     seed: int
+
+    @property
+    def strength(self) -> float | None:
+        """Of an automatic row; None is the method's own."""
+        _, _, strength = self.ratio.partition("@")
+        return float(strength) if strength else None
+
+
+def is_automatic(ratio: str) -> bool:
+    """Whether the method decides how far to go."""
+    return ratio.partition("@")[0] == AUTO
 
 
 class Budget(NamedTuple):
@@ -124,6 +138,7 @@ def _with_rbpfx(case: Case, given: Inputs) -> dict[str, Any]:
             find_method(case.method).recursion(),
             epochs=given.budget.noise_epochs,
             weight_lr=given.lr,
+            strength=case.strength,
         )
         if case.mode == "joint":
             recursion = replace(recursion, front=0.0)
@@ -132,7 +147,7 @@ def _with_rbpfx(case: Case, given: Inputs) -> dict[str, Any]:
         given.dense,
         given.loader,
         method=case.method,
-        target=None if case.ratio == AUTO else Target(macs=1 / float(case.ratio)),
+        target=None if is_automatic(case.ratio) else Target(macs=1 / float(case.ratio)),
         val_loader=given.test,
         recursion=recursion,
         recovery=FineTune(epochs=given.budget.epochs - noise_epochs, lr=given.lr),

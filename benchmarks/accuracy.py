@@ -31,7 +31,16 @@ from torch import nn
 
 from benchmarks import _modelopt, _torch_pruning
 from benchmarks._accuracy_report import page, tables
-from benchmarks._accuracy_rows import AUTO, NOISE, RANKINGS, TRAINED, Budget, Case, in_brief, run
+from benchmarks._accuracy_rows import (
+    NOISE,
+    RANKINGS,
+    TRAINED,
+    Budget,
+    Case,
+    in_brief,
+    is_automatic,
+    run,
+)
 from benchmarks._data import ImageData, add_data_argument, cifar10, mnist
 from benchmarks._record import Deadline, Record, write_aside
 from benchmarks._train import (
@@ -81,7 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument(
-        "--ratios", nargs="+", default=RATIOS, help="times fewer MACs, or auto; in this order"
+        "--ratios",
+        nargs="+",
+        default=RATIOS,
+        help="times fewer MACs, or auto, or auto@STRENGTH; in this order",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=10_000, help="training images; 0 for all")
@@ -130,10 +142,11 @@ def makes_sense(network: str, method: str, mode: str, ratio: str) -> bool:
     """Whether there is such a row."""
     if method in _torch_pruning.METHODS:
         inner = _torch_pruning.METHODS[method].inner_only
-        return mode == "joint" and ratio != AUTO and (network in WITH_BLOCKS or not inner)
+        targeted = not is_automatic(ratio)
+        return mode == "joint" and targeted and (network in WITH_BLOCKS or not inner)
     if method == _modelopt.METHOD:
-        return mode == "joint" and ratio != AUTO
-    if ratio == AUTO and method not in NOISE:
+        return mode == "joint" and not is_automatic(ratio)
+    if is_automatic(ratio) and method not in NOISE:
         return False
     return method != "bn-scale" or network not in WITHOUT_BATCHNORM
 

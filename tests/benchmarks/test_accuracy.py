@@ -138,6 +138,17 @@ def test_a_row_of_modelopt(stripes: ImageData) -> None:
     json.dumps(row)
 
 
+def test_an_automatic_row_takes_its_strength_from_the_ratio(stripes: ImageData) -> None:
+    kept = []
+    for ratio in ("auto@0.01", "auto@30"):
+        torch.manual_seed(0)
+        case, budget = Case("lenet300100", "rbp", "joint", ratio, 0), BRIEF._replace(epochs=80)
+        row = run(case, LeNet300100(), stripes, budget)
+        assert "failure" not in row, row
+        kept.append(row["macs_kept"])
+    assert kept[0] > 0.9 > 0.5 > kept[1]
+
+
 def test_a_budget_out_of_reach_is_told(stripes: ImageData) -> None:
     row = run(Case("lenet300100", "rbp", "joint", "10000", 0), LeNet300100(), stripes, BRIEF)
     assert row["failure"] == "unreachable"
@@ -263,6 +274,7 @@ def test_sparse_learning_shrinks_weights_and_leaves_shortcuts_alone(resnet: nn.M
 def test_the_table_has_means_spreads_the_best_and_what_is_missing() -> None:
     rows = [_row("rbp", "2", seed, 0.90 + 0.01 * seed) for seed in (0, 1, 2)]
     rows += [_row("tp-sparse", "2", 0, 0.89), _row("rbp", "auto", 0, 0.91)]
+    rows += [_row("rbp", ratio, 0, 0.9) for ratio in ("auto@10", "auto@8")]
     rows.append({**_row("tp-inner", "4", 0, 0.0), "failure": "unreachable", "reason": "too small"})
     text = section(rows, "github")
     assert "**-1.00 ± 1.00**" in text
@@ -270,6 +282,8 @@ def test_the_table_has_means_spreads_the_best_and_what_is_missing() -> None:
     assert "-1.00 ×1 at 2.0x" in text
     assert "unreachable (too small)" in text
     assert "92.00 %" in text
+    columns = [column.strip() for column in text.split("| method")[1].split("\n")[0].split("|")]
+    assert columns[2:-1] == ["2x", "4x", "auto", "auto@8", "auto@10"]
 
 
 def test_published_marks_stand_beside_the_same_data_only() -> None:
