@@ -18,7 +18,7 @@ from benchmarks._scaling import (
     training_hours,
     waiting,
 )
-from rbpfx import FineTune, Recursion
+from rbpfx.training.loop import EPOCHS
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -39,7 +39,7 @@ PROCESSES = (1, 2, 4, 8)
 BATCH = 256
 DISK = 500e6
 """Bytes per second that a disk takes (ours)."""
-ILSVRC2012 = Work(1_281_167, 50_000, Recursion().epochs, FineTune().epochs)
+ILSVRC2012 = Work(1_281_167, 50_000, EPOCHS, EPOCHS)
 
 
 def section(rows: Rows, environments: Sequence[Mapping[str, Any]]) -> str:

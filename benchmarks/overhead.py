@@ -36,7 +36,7 @@ from rbpfx.latency.memory import parameter_bytes, peak_allocated
 from rbpfx.methods import find_method
 from rbpfx.training.engine import Stepper
 from rbpfx.training.recursion import RecursiveTraining
-from rbpfx.training.task import Loader, Task
+from rbpfx.training.task import LEARNING_RATE, Loader, Task
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 NETWORKS = ("resnet18", "mobilenet_v2", "resnet50", "vgg16_bn", "densenet121", "vit_b_16")
@@ -157,7 +157,7 @@ class Pair:
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(
             weights,
-            schedule.weight_lr,
+            LEARNING_RATE,
             momentum=0.9,
             nesterov=True,
             weight_decay=schedule.weight_decay,

@@ -39,6 +39,7 @@ from rbpfx.training.interruption import Interruption
 from rbpfx.training.loop import refresh_batchnorm
 from rbpfx.training.record import Curves, GateHistograms, Series
 from rbpfx.training.recursion import Progress
+from rbpfx.training.scale import share_forgotten
 from rbpfx.training.settings import Training
 from rbpfx.training.task import Loader, Task
 
@@ -247,6 +248,7 @@ class Emission:
             frozen={axis.name: axis.reason for axis in self.analysis.frozen},
             excluded=tuple(g.name for g in groups if g.name not in chosen),
             accuracy_after_cut=after_cut,
+            forgotten=share_forgotten(pruned, self.loader, self.task, self.training, self.batch),
             device=self.device,
             seconds=time.perf_counter() - started,
             history=self.history,

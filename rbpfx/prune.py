@@ -45,6 +45,7 @@ from rbpfx.target import AUTO, Target
 from rbpfx.training.finetune import FineTune
 from rbpfx.training.interruption import Interruption, interruptible
 from rbpfx.training.recursion import Progress, RecursiveTraining
+from rbpfx.training.scale import measure_scale
 from rbpfx.training.schedule import Recursion
 from rbpfx.training.settings import Training
 from rbpfx.training.strategy import Strategy
@@ -196,6 +197,7 @@ def prune(
             gm = trace(copy_model(dense, {}), inputs, leaf_modules=leaf_modules)
             begin("check")
             check_capture(dense, gm, inputs)
+            task.scale = measure_scale(dense, loader, task, training, batch)
             begin("analysis")
             analysis = analyze(gm, unit=unit, attention=attention, normalization=normalization)
             require_groups(analysis)

@@ -17,6 +17,9 @@ from rbpfx.selection import Reached
 from rbpfx.target import COSTS
 from rbpfx.training.record import BINS, GateHistograms, Series
 
+MUCH_FORGOTTEN = 0.5
+"""The report warns if more than this share of what was learnt is lost (ours)."""
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -62,6 +65,9 @@ class Report:
         settings: What was asked for, in words: name -> value.
         environment: When and with what it was made: date, versions, processor.
         interrupted: How far training got before it was stopped or failed; empty if it was not.
+        forgotten: Share of what the dense network had learnt that this one has not: 0 at the
+            training loss of the dense network, 1 at that of its mean output, the same for every
+            example. None if it is not known.
     """
 
     method: str
@@ -84,6 +90,7 @@ class Report:
     settings: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     interrupted: str = ""
+    forgotten: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types; numbers that JSON lacks, like infinity, are None."""
@@ -200,6 +207,12 @@ class Report:
         lines = [] if self.target is None else [str(self.target)]
         if self.interrupted:
             lines.append(f"NOT FINISHED: training ended {self.interrupted}")
+        if self.forgotten is not None and self.forgotten > MUCH_FORGOTTEN:
+            remedy = "lower Recursion(strength=...)" if self.target is None else "a milder target"
+            lines.append(
+                f"MUCH IS LOST: {min(self.forgotten, 1):.0%} of what the dense network had learnt "
+                f"from the training data. Train longer (more epochs), or ask for less: {remedy}"
+            )
         if all(before == after for before, after in self.widths.values()):
             lines.append(
                 "nothing was removed: no unit was redundant by the method's own rule. Train longer "

@@ -139,17 +139,13 @@ def _latency(
     "--recovery-epochs",
     metavar="N",
     type=click.FloatRange(0),
-    default=FineTune.epochs,
-    show_default=True,
-    help="Passes over the data after the cut; 0 for none.",
+    help="Passes over the data after the cut; 0 for none. By default 3, of 100 steps or more.",
 )
 @click.option(
     "--recovery-lr",
     metavar="X",
     type=_POSITIVE,
-    default=FineTune.lr,
-    show_default=True,
-    help="Learning rate after the cut.",
+    help="Learning rate after the cut. By default 0.01, less for batches below 32.",
 )
 @click.option("--distill", is_flag=True, help="Learn half from the dense network's outputs.")
 @click.option(
@@ -191,8 +187,8 @@ def prune(
     exclude: tuple[str, ...],
     epochs: float | None,
     strength: float | None,
-    recovery_epochs: float,
-    recovery_lr: float,
+    recovery_epochs: float | None,
+    recovery_lr: float | None,
     distill: bool,
     precision: str,
     checkpoint_dir: Path | None,

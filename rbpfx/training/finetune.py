@@ -18,7 +18,7 @@ from rbpfx.graph.capture import keeping_modes
 from rbpfx.training.engine import Stepper, Training
 from rbpfx.training.interruption import Interruption
 from rbpfx.training.layout import keeping_layout
-from rbpfx.training.loop import steps_per_epoch
+from rbpfx.training.loop import planned_steps, steps_per_epoch
 from rbpfx.training.record import Curves
 from rbpfx.training.safeguard import Safeguard
 from rbpfx.training.strategy import Strategy
@@ -34,8 +34,9 @@ class FineTune:
     A loop body of one's own goes into `Training(train_step=...)`.
 
     Attributes:
-        epochs: Passes over the loader; 0 for none.
-        lr: Learning rate after the warm-up; falls to 0 along a cosine.
+        epochs: Passes over the loader; 0 for none. None for 3, of at least 100 steps each.
+        lr: Learning rate after the warm-up; falls to 0 along a cosine. None for 0.01, less for
+            batches below 32 and where losses are large.
         weight_decay: L2 penalty on the weights.
         momentum: Momentum of SGD; 0 for none.
         warmup: Share of the steps in which the learning rate rises linearly.
@@ -49,8 +50,8 @@ class FineTune:
         RbpfxError: A setting has no such value.
     """
 
-    epochs: float = 3.0
-    lr: float = 0.01
+    epochs: float | None = None
+    lr: float | None = None
     weight_decay: float = 5e-4
     momentum: float = 0.9
     warmup: float = 0.0
@@ -58,7 +59,8 @@ class FineTune:
     scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
 
     def __post_init__(self) -> None:
-        if not self.epochs >= 0 or not self.lr > 0:
+        epochs_fit = self.epochs is None or self.epochs >= 0
+        if not epochs_fit or not (self.lr is None or self.lr > 0):
             raise RbpfxError(f"{self}: epochs must not be negative, lr must be positive")
         if not self.weight_decay >= 0:
             raise RbpfxError(f"{self}: weight_decay must not be negative")
@@ -106,14 +108,14 @@ def finetune(
     """
     training = training or Training()
     per_epoch = steps_per_epoch(loader, training.accumulate)
-    steps = round(settings.epochs * per_epoch)
+    steps = planned_steps(settings.epochs, per_epoch)
     if steps == 0 or not any(p.requires_grad for p in model.parameters()):
         return ""
     strategy = training.spread
     strategy.require_same("the number of batches in an epoch", per_epoch)
     network = strategy.distribute(model)
     weights = [p for p in network.parameters() if p.requires_grad]
-    optimizer = _optimizer(settings, weights)
+    optimizer = _optimizer(settings, weights, task.scale.learning_rate)
     schedule = _scheduler(settings, optimizer, steps)
     run = _Run(network, steps, strategy, curves or Curves())
     with keeping_modes(model), keeping_layout(model):
@@ -171,11 +173,11 @@ class _Run:
         self.curves.load_state_dict(state["curves"])
 
 
-def _optimizer(settings: FineTune, weights: list[nn.Parameter]) -> Optimizer:
+def _optimizer(settings: FineTune, weights: list[nn.Parameter], rate: float) -> Optimizer:
     if settings.optimizer is None:
         return torch.optim.SGD(
             weights,
-            settings.lr,
+            rate if settings.lr is None else settings.lr,
             momentum=settings.momentum,
             nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,

@@ -14,6 +14,13 @@ from rbpfx.graph.capture import evaluating
 from rbpfx.training.stream import Stream
 from rbpfx.training.task import Loader, Task
 
+EPOCHS = 3.0
+"""Passes over the loader, by default (ours)."""
+
+STEPS = 100
+"""Optimiser steps in each of them, at least: in fewer, gates do not arrive at 0 or 1 (ours,
+docs/experiments.md, "Other losses")."""
+
 
 def batches(loader: Loader, count: int) -> Iterator[Any]:
     """`count` batches, going through the loader as often as needed.
@@ -39,6 +46,23 @@ def steps_per_epoch(loader: Loader, accumulate: int = 1) -> int:
     except TypeError:
         length = sum(1 for _ in loader)
     return -(-length // accumulate)
+
+
+def planned_steps(epochs: float | None, per_epoch: int) -> int:
+    """Optimiser steps of a training.
+
+    Args:
+        epochs: How many; None for `EPOCHS`, of at least `STEPS` each.
+        per_epoch: Steps in one pass over the loader.
+    """
+    if epochs is None:
+        return round(EPOCHS * default_epoch(per_epoch))
+    return round(epochs * per_epoch)
+
+
+def default_epoch(per_epoch: int) -> int:
+    """Steps of an epoch where their number was left to us."""
+    return max(per_epoch, STEPS)
 
 
 @torch.no_grad()

@@ -25,12 +25,12 @@ from rbpfx.training.budget import BudgetProjection
 from rbpfx.training.decisions import Decisions, own_rule, unit_weights
 from rbpfx.training.engine import Losses, Stepper
 from rbpfx.training.interruption import Interruption
-from rbpfx.training.loop import batches, steps_per_epoch
+from rbpfx.training.loop import batches, default_epoch, planned_steps, steps_per_epoch
 from rbpfx.training.record import MOMENTS, Curves, GateHistograms, due
 from rbpfx.training.safeguard import Safeguard
 from rbpfx.training.schedule import Evidence, Recursion, Schedule
 from rbpfx.training.settings import Training
-from rbpfx.training.task import Loader, Task, examples_in
+from rbpfx.training.task import TEN_CLASSES, Loader, Task, examples_in
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,11 @@ class RecursiveTraining:
         aware = settings.cost_aware and method.cost_weighted
         self.weights = unit_weights(selection, self.gates, aware)
         self.strength = method.strength if settings.strength is None else settings.strength
-        units = sum(gate.size for gate in self.gates)
-        self._share = 1 / units if method.shares_strength else 1.0
+        self._share = 1.0
+        if method.shares_strength:
+            # Who had less to learn than ten classes would be sold below the price of ten.
+            units = sum(gate.size for gate in self.gates)
+            self._share = min(1, task.scale.learnt / TEN_CLASSES) / units
         self.step = 0
         self.front = 0
         self.history: list[dict[str, Any]] = []
@@ -153,11 +156,12 @@ class RecursiveTraining:
         """
         settings = self.settings
         per_epoch = steps_per_epoch(loader, self.training.accumulate)
-        steps = max(round(settings.epochs * per_epoch), len(self.gates))
+        steps = max(planned_steps(settings.epochs, per_epoch), len(self.gates))
         self.strategy.require_same("the number of batches in an epoch", per_epoch)
         examples = sum(self.strategy.gather(examples_in(loader)))
         self._schedule = Schedule.plan(len(self.gates), steps, settings)
-        patience = max(round(settings.patience * per_epoch), 1)
+        epoch = default_epoch(per_epoch) if settings.epochs is None else per_epoch
+        patience = max(round(settings.patience * epoch), 1)
         self._evidence = Evidence(patience, settings.tolerance)
         optimizers = self._optimizers()
         stepper = Stepper(
@@ -260,7 +264,7 @@ class RecursiveTraining:
             return 0.0
         self.decisions.sharpness = self._schedule.sharpness(self.step, self.settings.sharpness)
         budget = self._schedule.budget(self.step, self.budget)
-        return self.projection.apply(optimizer, budget) / self._share
+        return self.projection.apply(optimizer, budget) / self._share / self.task.scale.nat
 
     def _end_step(
         self, losses: Losses, strength: float, report: Callable[[Progress], None] | None
@@ -317,22 +321,24 @@ class RecursiveTraining:
             if gate.phase is Phase.NOISY:
                 penalty = gate.penalty(self._share * strength, examples)
                 total = total + weight.to(total) * penalty.sum()
-        return total
+        return self.task.scale.nat * total
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        settings = self.settings
+        settings, scale = self.settings, self.task.scale
         noise = [p for gate in self.gates for p in gate.parameters()]
         known = {id(p) for p in noise}
         weights = [p for p in self.noisy.parameters() if id(p) not in known and p.requires_grad]
         optimizers: list[torch.optim.Optimizer] = []
         if noise:
             rate = self.method.noise_lr if settings.noise_lr is None else settings.noise_lr
-            optimizers.append(torch.optim.Adam(noise, rate))
-        if weights and settings.weight_lr > 0:
+            # Its epsilon must stay small beside gradients of a small loss.
+            optimizers.append(torch.optim.Adam(noise, rate, eps=1e-8 * min(1, scale.nat)))
+        rate = scale.learning_rate if settings.weight_lr is None else settings.weight_lr
+        if weights and rate > 0:
             optimizers.append(
                 torch.optim.SGD(
                     weights,
-                    lr=settings.weight_lr,
+                    lr=rate,
                     momentum=0.9,
                     nesterov=True,
                     weight_decay=settings.weight_decay,

@@ -19,13 +19,16 @@ class Recursion:
     """How the noise is trained. Every default is ours, chosen in docs/experiments.md.
 
     Attributes:
-        epochs: Passes over the loader for all groups together (at most, without a target).
+        epochs: Passes over the loader for all groups together (at most, without a target). None
+            for 3, of at least 100 steps each.
         strength: How hard to prune without a target; None for the method's own default. For RBP
             it is the price of the whole network in nats of training loss: a channel stays if it
             lowers the mean training loss by more than its share of the cost times this. (The
             prior's lambda = 1 / (2 eps^2), divided by N and summed over all channels.) For the
             other noise methods it multiplies the divergence of the evidence lower bound. With a
-            target the strength is found, not set; but for `AutoBalanced`, whose alpha it is.
+            target the strength is found, not set; but for `AutoBalanced`, whose alpha it is. What
+            counts as a nat of a loss that is no cross-entropy, and what of a network that had
+            less than ten classes to learn, is measured: see `training/scale.py`.
         window: How many groups are noisy at a time. 1 is the strict recursion; None makes all
             groups noisy from the start, the front then hardens them one by one.
         front: Share of the steps during which the front passes, if `window` is None. 0 hardens
@@ -37,10 +40,12 @@ class Recursion:
         sharpness: How decided gates count towards a budget, while it falls and at the end (see
             `NoiseGate.openness`): the growth pushes half-open gates apart.
         noise_lr: Learning rate of the noise parameters (Adam); None for the method's own default.
-        weight_lr: Learning rate of the weights (SGD, Nesterov momentum 0.9); 0 freezes them.
+        weight_lr: Learning rate of the weights (SGD, Nesterov momentum 0.9); 0 freezes them. None
+            for 0.01, less for batches below 32 and where losses are large.
         weight_decay: L2 penalty on the weights.
         patience: Without a target, noise training moves on to hardening when over this share of
-            an epoch the evidence bound has fallen by less than `tolerance` of its whole fall.
+            an epoch the evidence bound has fallen by less than `tolerance` of its whole fall. With
+            `epochs=None`, an epoch has at least 100 steps here too.
         tolerance: See `patience`.
         cost_aware: Weigh every unit's divergence by what it costs: multiply-accumulates, or
             parameters if these are the target.
@@ -49,7 +54,7 @@ class Recursion:
         RbpfxError: A setting has no such value.
     """
 
-    epochs: float = 3.0
+    epochs: float | None = None
     strength: float | None = None
     window: int | None = None
     front: float = 0.3
@@ -57,7 +62,7 @@ class Recursion:
     budget_ramp: float = 0.7
     sharpness: tuple[float, float] = (2.0, 8.0)
     noise_lr: float | None = None
-    weight_lr: float = 0.01
+    weight_lr: float | None = None
     weight_decay: float = 5e-4
     patience: float = 0.5
     tolerance: float = 0.02
@@ -70,8 +75,9 @@ class Recursion:
             if value is not None and not value > 0:
                 raise RbpfxError(f"Recursion({name}={value}) must be positive")
         for name in ("weight_lr", "weight_decay", "tolerance"):
-            if not getattr(self, name) >= 0:
-                raise RbpfxError(f"Recursion({name}={getattr(self, name)}) must not be negative")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise RbpfxError(f"Recursion({name}={value}) must not be negative")
         if not min(self.sharpness) > 0:
             raise RbpfxError(f"Recursion(sharpness={self.sharpness}) must be positive")
         if self.window is not None and self.window < 1:

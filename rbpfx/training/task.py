@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from math import log, nan
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +23,29 @@ ForwardHook: TypeAlias = Callable[[nn.Module, Any], Tensor]
 AUXILIARY_WEIGHT = 0.3
 """Weight of auxiliary heads in the default loss (Szegedy et al., CVPR 2015)."""
 
+LEARNING_RATE = 0.01
+"""Of the weights, by default: SGD with momentum 0.9 on a mean cross-entropy (ours)."""
+
+TEN_CLASSES = log(10)
+"""Nats that a classifier of ten classes has to learn."""
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """What a loss is worth (`training/scale.py`); by default that of a classifier.
+
+    Attributes:
+        nat: How much of the loss counts as one nat.
+        learnt: Nats by which the dense network is better than its mean output.
+        learning_rate: Of the weights, where none is given.
+        dense: Training loss of the dense network; not-a-number if it is not known.
+    """
+
+    nat: float = 1.0
+    learnt: float = TEN_CLASSES
+    learning_rate: float = LEARNING_RATE
+    dense: float = nan
+
 
 class Task:
     """Turns batches into losses.
@@ -31,6 +56,9 @@ class Task:
         forward: Called as `forward(model, batch)` and returns the loss, for batches that are no
             (input, target) pairs; replaces `loss_fn`.
         device: Where batches are moved.
+
+    Attributes:
+        scale: What the loss is worth.
     """
 
     def __init__(
@@ -44,6 +72,7 @@ class Task:
         self.loss_fn = loss_fn
         self.forward = forward
         self.device = torch.device(device)
+        self.scale = LossScale()
 
     @property
     def is_classification(self) -> bool:
