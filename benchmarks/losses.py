@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -182,7 +183,7 @@ def _mlp(inputs: int, outputs: int, width: int = 512, hidden: int = 2) -> nn.Seq
     widths = [inputs, *[width] * hidden]
     layers = [
         layer
-        for before, after in zip(widths, widths[1:], strict=False)
+        for before, after in pairwise(widths)
         for layer in (nn.Linear(before, after), nn.ReLU())
     ]
     return nn.Sequential(*layers, nn.Linear(width, outputs))

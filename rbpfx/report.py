@@ -17,7 +17,7 @@ from rbpfx.selection import Reached
 from rbpfx.target import COSTS
 from rbpfx.training.record import BINS, GateHistograms, Series
 
-MUCH_FORGOTTEN = 0.5
+MUCH_FORGOTTEN = 0.2
 """The report warns if more than this share of what was learnt is lost (ours)."""
 
 

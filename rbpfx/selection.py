@@ -86,7 +86,7 @@ class Selection:
         latency: What measures latency, for a latency target and for `round_to="auto"`.
 
     Attributes:
-        groups: The groups that may be pruned.
+        groups: The groups that may be pruned; channels that nothing reads stay.
         budget: Share of the cost to keep; None without a budget.
 
     Raises:
@@ -356,11 +356,14 @@ def _chosen_groups(analysis: Analysis, target: Target) -> tuple[ChannelGroup, ..
     chosen = tuple(
         group
         for group in analysis.groups
-        if (not target.include or _matches(group, target.include))
+        if group.reads  # nobody could say what the units of another are worth
+        and (not target.include or _matches(group, target.include))
         and not _matches(group, target.exclude)
     )
     if not chosen and analysis.groups:
-        raise NothingToPruneError("include and exclude of the target leave no group to prune")
+        raise NothingToPruneError(
+            "include and exclude of the target leave no group to prune whose channels are read"
+        )
     return chosen
 
 

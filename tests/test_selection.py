@@ -48,6 +48,28 @@ def resnet():
     return gm, analyze(gm)
 
 
+def test_channels_that_nothing_reads_stay():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.out = nn.Linear(10, 20), nn.Linear(12, 9)
+
+        def forward(self, x):
+            return self.out(self.hidden(x).relu()[:, :12])[:, :4]
+
+    gm = trace(Sliced(), torch.zeros(2, 10))
+    analysis = analyze(gm)
+    unread = [group for group in analysis.groups if not group.reads]
+    assert {group.size for group in unread} == {8, 5}
+    selection = Selection(analysis, Target(macs=0.6))
+    assert [group.size for group in selection.groups] == [12]
+    plan = selection.plan(random_scores(selection))
+    pruned = rewrite(gm, analysis, plan)
+    assert count_macs(pruned) <= 0.6 * count_macs(gm)
+    with pytest.raises(NothingToPruneError, match="channels are read"):
+        Selection(analysis, Target(exclude=[selection.groups[0].name]))
+
+
 def random_scores(selection: Selection, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {g.name: rng.random(g.size) for g in selection.groups}

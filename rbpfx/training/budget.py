@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rbpfx.methods import Gate, Phase
 
-LARGEST_STRENGTH = 1e6
-"""Nats per unit and example beyond which a budget counts as out of reach."""
+LARGEST_STRENGTH = 1e12
+"""Strength per unit and example beyond which a budget counts as out of reach; its inverse is the
+least that is tried."""
 
 BISECTIONS = 8
 """Halvings of the interval in which the strength lies: it is found to a part in 250."""
@@ -66,6 +67,10 @@ class BudgetProjection:
 
         step = float(optimizer.param_groups[0]["lr"])
         low, high = 0.0, step
+        if within(high):  # far too far, where the loss is small and so is what Adam divides by
+            while high > step / LARGEST_STRENGTH and within(high / 2):
+                high /= 2
+            low = high / 2
         while not within(high):
             low, high = high, 2 * high
             if high > LARGEST_STRENGTH * step:

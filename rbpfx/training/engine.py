@@ -21,6 +21,7 @@ from rbpfx.graph.examples import count_examples
 from rbpfx.graph.products import recomputing
 from rbpfx.methods import Phase
 from rbpfx.training.layout import has_images, keep_layout, to_channels_last
+from rbpfx.training.loop import frozen_norms
 from rbpfx.training.settings import PRECISIONS, Training, Update
 from rbpfx.training.task import Task, require_scalar, to_device
 
@@ -86,6 +87,7 @@ class Stepper:
         self.teacher = teacher
         self.penalty = penalty
         self.strategy = settings.spread
+        self._frozen = frozen_norms(model)
         self._dtype = PRECISIONS[settings.precision]
         self._scaler = _scaler(task.device) if self._dtype == torch.float16 else None
         wanted = settings.channels_last
@@ -160,6 +162,8 @@ class Stepper:
     def _micro_step(self, batch: Any, add: Update) -> None:
         """The forward and backward of one batch."""
         self.model.train()
+        for norm in self._frozen:
+            norm.eval()
         batch = to_device(batch, self.task.device)
         update = _Once(add)
         try:

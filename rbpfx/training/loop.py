@@ -65,6 +65,15 @@ def default_epoch(per_epoch: int) -> int:
     return max(per_epoch, STEPS)
 
 
+def frozen_norms(model: nn.Module) -> list[_BatchNorm]:
+    """BatchNorms whose parameters are kept from training: their statistics are meant to stay too.
+
+    The training flag tells nothing, since whole networks come in eval mode.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    return [n for n in norms if n.affine and not any(p.requires_grad for p in n.parameters())]
+
+
 @torch.no_grad()
 def still_finite(model: nn.Module, batch: Any, task: Task) -> bool:
     """Whether the last step left a network that has a finite loss, in eval mode."""
@@ -82,6 +91,8 @@ def refresh_batchnorm(
 ) -> None:
     """Estimate BatchNorm statistics anew as plain averages over training batches.
 
+    Those of `frozen_norms` stay.
+
     Args:
         model: Changed in place: running statistics only.
         loader: Training batches.
@@ -90,6 +101,8 @@ def refresh_batchnorm(
         mean: The mean of a tensor over all processes, which see different batches.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    frozen = set(frozen_norms(model))
+    norms = [norm for norm in norms if norm not in frozen]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

@@ -34,6 +34,11 @@ from rbpfx.training.task import TEN_CLASSES, Loader, Task, examples_in
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES_PER_UNIT = 20
+"""Where the strength is shared by all units, at least so many examples are taken to be there. The
+entropy of the noise, which weighs 1 / N, would else move the gates of a wide network whatever the
+data say: in all it may weigh a twentieth of a nat (ours, docs/experiments.md, "Other losses")."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -115,11 +120,12 @@ class RecursiveTraining:
         aware = settings.cost_aware and method.cost_weighted
         self.weights = unit_weights(selection, self.gates, aware)
         self.strength = method.strength if settings.strength is None else settings.strength
-        self._share = 1.0
+        self._share, self._evidence_needed = 1.0, 0
         if method.shares_strength:
-            # Who had less to learn than ten classes would be sold below the price of ten.
             units = sum(gate.size for gate in self.gates)
+            # At the price of ten classes, a network that had less to learn would be sold whole.
             self._share = min(1, task.scale.learnt / TEN_CLASSES) / units
+            self._evidence_needed = EXAMPLES_PER_UNIT * units
         self.step = 0
         self.front = 0
         self.history: list[dict[str, Any]] = []
@@ -158,7 +164,7 @@ class RecursiveTraining:
         per_epoch = steps_per_epoch(loader, self.training.accumulate)
         steps = max(planned_steps(settings.epochs, per_epoch), len(self.gates))
         self.strategy.require_same("the number of batches in an epoch", per_epoch)
-        examples = sum(self.strategy.gather(examples_in(loader)))
+        examples = max(sum(self.strategy.gather(examples_in(loader))), self._evidence_needed)
         self._schedule = Schedule.plan(len(self.gates), steps, settings)
         epoch = default_epoch(per_epoch) if settings.epochs is None else per_epoch
         patience = max(round(settings.patience * epoch), 1)

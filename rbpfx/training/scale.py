@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil, isfinite
 from typing import Any
 
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = 64
 """Training examples that are looked at, at least."""
+
+SHARES = (0.0, 0.25, 0.5, 1.0)
+"""Of the mean output, of which the best counts: the mean of confident scores is too confident."""
 
 TELLING = 1e-3
 """Share of the mean output's loss that a network must be better by to have learnt anything."""
@@ -97,7 +101,9 @@ def _losses(model: nn.Module, looked_at: Sequence[Any], task: Task) -> tuple[flo
     outputs = _MeanOutput()
     dense = _mean_loss(model, looked_at, task, outputs.record)
     try:
-        return dense, _mean_loss(model, looked_at, task, outputs.replace)
+        return dense, min(
+            _mean_loss(model, looked_at, task, partial(outputs.replace, share)) for share in SHARES
+        )
     except Exception as error:  # the user's loss need not bear an output that is none
         logger.info("the loss of the mean output: %r", error)
         return dense, float("nan")
@@ -133,15 +139,15 @@ class _MeanOutput:
                 total, count = self._sums.get((place, leaf.shape[1:]), (0, 0))
                 self._sums[place, leaf.shape[1:]] = total + leaf.sum(0), count + len(leaf)
 
-    def replace(self, _: nn.Module, __: Any, output: Any) -> Any:
+    def replace(self, share: float, _: nn.Module, __: Any, output: Any) -> Any:
         leaves, structure = tree_flatten(output)
-        return tree_unflatten([self._mean(*entry) for entry in enumerate(leaves)], structure)
+        return tree_unflatten([self._mean(share, *entry) for entry in enumerate(leaves)], structure)
 
-    def _mean(self, place: int, leaf: Any) -> Any:
+    def _mean(self, share: float, place: int, leaf: Any) -> Any:
         if not _is_of_examples(leaf):
             return leaf
         total, count = self._sums[place, leaf.shape[1:]]
-        return (total / count).expand_as(leaf).clone()
+        return (share * total / count).expand_as(leaf).clone()
 
 
 def _is_of_examples(leaf: Any) -> bool:

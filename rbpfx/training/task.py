@@ -88,12 +88,33 @@ class Task:
             return self.forward(model, batch)
         inputs, target = split_pair(batch)
         output = call_with(model, inputs)
-        loss = (self.loss_fn or classification_loss)(output, target)
+        loss = self._loss_of(output, target)
         if teacher is None:
             return loss
         with torch.no_grad():
             wanted = call_with(teacher, inputs)
         return 0.5 * loss + 0.5 * distillation_loss(main_output(output), main_output(wanted))
+
+    def _loss_of(self, output: Any, target: Any) -> Tensor:
+        try:
+            return (self.loss_fn or classification_loss)(output, target)
+        except IndexError as error:
+            if not self.is_classification:
+                raise
+            classes = main_output(output).shape[1]
+            raise InputError(
+                f"a batch of the loader has a target that is no class: {str(error).rstrip('.')}. "
+                f"The output has {classes} classes, so that targets go from 0 to {classes - 1}; "
+                f"only those of ignore_index ({self._ignored}) may lie outside"
+            ) from error
+
+    @property
+    def _ignored(self) -> int:
+        """The class index that counts in no cross-entropy."""
+        ignored = (
+            self.loss_fn.ignore_index if isinstance(self.loss_fn, nn.CrossEntropyLoss) else -100
+        )
+        return int(ignored)
 
     def example_inputs(self, model: nn.Module, batch: Any) -> ExampleInputs:
         """What the model is called with for a batch."""
@@ -104,17 +125,39 @@ class Task:
         return _recorded_call(model, lambda: self.forward(model, batch))  # type: ignore[misc]
 
     def accuracy(self, model: nn.Module, loader: Loader) -> float:
-        """Top-1 accuracy in eval mode, in [0, 1]; over pixels if there is a target for each."""
-        correct = total = 0
+        """Top-1 accuracy in eval mode, in [0, 1]; over pixels if there is a target for each.
+
+        Targets that the loss ignores (`ignore_index`) do not count.
+
+        Raises:
+            InputError: There is no target to count, or targets do not fit the output.
+        """
+        correct = total = seen = 0
         with evaluating(model), torch.no_grad():
             for batch in loader:
                 inputs, target = split_pair(to_device(batch, self.device))
                 scores = main_output(call_with(model, inputs))
-                wanted = target.argmax(1) if target.shape == scores.shape else target
-                correct += int((scores.argmax(1) == wanted).sum())
-                total += wanted.numel()
-        if total == 0:
+                given = scores.argmax(1)
+                if target.shape == scores.shape:
+                    wanted, counts = target.argmax(1), torch.ones_like(given, dtype=torch.bool)
+                else:
+                    wanted, counts = target, target != self._ignored
+                if wanted.shape != given.shape:
+                    raise InputError(
+                        f"accuracy needs a class for each of {tuple(given.shape)} predictions, but "
+                        f"the validation loader has targets of shape {tuple(target.shape)}; change "
+                        "them, or give metric=... to measure something else"
+                    )
+                correct += int((given.eq(wanted) & counts).sum())
+                total += int(counts.sum())
+                seen += counts.numel()
+        if not seen:
             raise InputError("the validation loader yields no batch")
+        if not total:
+            raise InputError(
+                f"all {seen} targets of the validation loader are ignore_index={self._ignored}, so "
+                "that there is no accuracy; give a val_loader with classes, or metric=..."
+            )
         return correct / total
 
 
@@ -188,8 +231,15 @@ def require_scalar(loss: object) -> None:
     Raises:
         InputError: It is something else.
     """
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        raise InputError(f"the loss must be a scalar tensor, not {loss!r}; average over the batch")
+    if isinstance(loss, Tensor) and loss.ndim == 0:
+        return
+    if isinstance(loss, Tensor):
+        remedy = "average over the batch"
+    elif isinstance(loss, (int, float)):
+        remedy = "return the tensor itself, without .item() or float()"
+    else:
+        remedy = "return the loss tensor alone, such as outputs.loss or outputs['loss']"
+    raise InputError(f"the loss must be a scalar tensor, not {loss!r}; {remedy}")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -238,7 +288,10 @@ def _recorded_call(model: nn.Module, run: Callable[[], Any]) -> ExampleInputs:
     finally:
         handle.remove()
     if not calls:
-        raise InputError("forward(model, batch) never calls the model it is given")
+        raise InputError(
+            "forward(model, batch) never calls the model it is given; call its argument `model`, "
+            "a copy that is pruned, not a variable of yours that holds the network"
+        )
     args, kwargs = calls[0]
     if args and kwargs:
         return inspect.signature(model.forward).bind(*args, **kwargs).arguments

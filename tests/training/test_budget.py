@@ -41,6 +41,22 @@ class TestBudgetProjection:
         assert strength > 0
         assert 0.98 * budget < toy.cost() <= budget
 
+    @pytest.mark.parametrize("unit", [1e-9, 1e-5, 1e5, 1e9])
+    def test_the_unit_of_the_loss_does_not_matter(self, unit: float) -> None:
+        """Gates of a tiny loss are not all closed by the first step that is tried."""
+        prices = torch.linspace(0.1, 1, 16)
+        reached = []
+        for toy in (Toy(prices), Toy(unit * prices)):
+            toy.optimizer.param_groups[0]["eps"] = 0
+            toy.step()
+            strength = toy.projection.apply(toy.optimizer, 0.5)
+            reached.append((toy.openness(), toy.cost(), strength))
+        (openness, cost, strength), (other, other_cost, other_strength) = reached
+        assert cost == pytest.approx(0.5, abs=0.01)
+        assert other_cost == pytest.approx(0.5, abs=0.01)
+        assert torch.allclose(openness, other, atol=0.01)
+        assert other_strength == pytest.approx(unit * strength, rel=0.02)
+
     def test_a_budget_that_holds_already_moves_nothing(self) -> None:
         toy = Toy(torch.rand(16))
         toy.step()

@@ -45,6 +45,17 @@ def joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
+def test_frozen_norms_keep_their_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3))
+    model.extend([nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)]).double()
+    model[1].requires_grad_(False)
+    before = [model[place].running_mean.clone() for place in (1, 3)]
+    stepper(model).step(data(8))
+    assert torch.equal(model[1].running_mean, before[0])
+    assert not torch.equal(model[3].running_mean, before[1])
+    assert model[3].training
+
+
 class TestAccumulation:
     @pytest.mark.parametrize("sizes", [(5,), (4, 4), (7, 2, 1), (1, 1, 1, 9)])
     @pytest.mark.parametrize("hook", [False, True])

@@ -11,7 +11,13 @@ from torch.utils.data import DataLoader
 
 from rbpfx import InputError
 from rbpfx.graph.capture import keeping_modes
-from rbpfx.training.loop import batches, refresh_batchnorm, steps_per_epoch, still_finite
+from rbpfx.training.loop import (
+    batches,
+    frozen_norms,
+    refresh_batchnorm,
+    steps_per_epoch,
+    still_finite,
+)
 from rbpfx.training.task import Task
 
 
@@ -67,7 +73,23 @@ def test_finite_means_the_loss_in_eval_mode() -> None:
     assert not still_finite(model, batch, Task())
 
 
+def test_frozen_are_norms_whose_parameters_are_not_trained() -> None:
+    model = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(4)), nn.BatchNorm1d(2, affine=False))
+    model.eval()  # says nothing: whole networks come in eval mode
+    model[1].requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    assert frozen_norms(model) == [model[1]]
+
+
 class TestRefreshBatchNorm:
+    def test_frozen_statistics_stay(self) -> None:
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+        model[0].requires_grad_(False)
+        refresh_batchnorm(model, self.data(), self.task())
+        assert not model[0].running_mean.any()
+        assert model[1].running_mean.all()
+        assert model[0].momentum == model[1].momentum == 0.1
+
     def task(self) -> Task:
         return Task(lambda output, target: output.mean())
 

@@ -20,6 +20,7 @@ from rbpfx.training.task import (
     distillation_loss,
     examples_in,
     main_output,
+    require_scalar,
     split_pair,
     to_device,
 )
@@ -56,6 +57,17 @@ class TestLoss:
     def test_what_is_no_classifier_is_refused(self, output: Tensor, target: Tensor) -> None:
         with pytest.raises(InputError, match=r"the default loss is cross-entropy.*pass loss_fn"):
             classification_loss(output, target)
+
+    @pytest.mark.parametrize("loss_fn", [None, nn.CrossEntropyLoss()])
+    @pytest.mark.parametrize("label", [9, -1])
+    def test_a_target_that_is_no_class(self, loss_fn: object, label: int) -> None:
+        batch = (SCORES, torch.full_like(LABELS, label))
+        with pytest.raises(InputError, match=f"Target {label} is out of .*go from 0 to 2; only"):
+            Task(loss_fn).loss(nn.Identity(), batch)
+
+    def test_an_error_in_a_loss_of_ones_own_stays(self) -> None:
+        with pytest.raises(IndexError):
+            Task(lambda output, target: output[99]).loss(nn.Identity(), (SCORES, LABELS))
 
     def test_a_loss_function(self) -> None:
         loss = Task(F.mse_loss).loss(nn.Identity(), (SCORES, HEAD))
@@ -99,6 +111,32 @@ class TestAccuracy:
     def test_a_target_for_every_pixel(self) -> None:
         scores = torch.randn(2, 3, 4, 4)
         assert Task().accuracy(nn.Identity(), [(scores, scores.argmax(1))]) == 1
+
+    @pytest.mark.parametrize(
+        ("loss_fn", "ignored"),
+        [
+            (None, -100),
+            (F.cross_entropy, -100),
+            (nn.CrossEntropyLoss(), -100),
+            (nn.CrossEntropyLoss(ignore_index=255), 255),
+            (nn.CrossEntropyLoss(ignore_index=0), 0),
+        ],
+    )
+    def test_what_the_loss_ignores_does_not_count(self, loss_fn: object, ignored: int) -> None:
+        scores = F.one_hot(LABELS, 3).float()
+        target = LABELS.clone()
+        target[3] = ignored
+        counts = target != ignored
+        wrong = torch.where(counts & (LABELS == 2), 1, target)  # one of them
+        assert Task(loss_fn).accuracy(nn.Identity(), [(scores, wrong)]) == 1 - 1 / counts.sum()
+        nothing = torch.full_like(LABELS, ignored)
+        with pytest.raises(InputError, match=f"all 5 targets .* are ignore_index={ignored}"):
+            Task(loss_fn).accuracy(nn.Identity(), [(scores, nothing)])
+
+    def test_targets_of_another_shape(self) -> None:
+        message = r"each of \(5,\) predictions, but .*shape \(5, 1\)"
+        with pytest.raises(InputError, match=message):
+            Task().accuracy(nn.Identity(), [(SCORES, LABELS[:, None])])
 
     def test_modes_are_restored(self) -> None:
         model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(3)).train()
@@ -200,6 +238,21 @@ class Mixed(nn.Module):
         return x * scale + (0 if shift is None else shift)
 
 
+@pytest.mark.parametrize(
+    ("loss", "remedy"),
+    [
+        (torch.zeros(2), "average over the batch"),
+        (1.5, r"without \.item\(\)"),
+        ({"loss": torch.tensor(1.0)}, "return the loss tensor alone"),
+        (None, "return the loss tensor alone"),
+    ],
+)
+def test_a_loss_is_a_scalar_tensor(loss: object, remedy: str) -> None:
+    require_scalar(torch.tensor(1.0))
+    with pytest.raises(InputError, match=f"must be a scalar tensor, not .*{remedy}"):
+        require_scalar(loss)
+
+
 class TestExampleInputs:
     def test_the_first_of_a_pair(self) -> None:
         assert Task().example_inputs(Mixed(), (SCORES, LABELS)) is SCORES
@@ -220,7 +273,9 @@ class TestExampleInputs:
         assert not model._forward_pre_hooks
 
     def test_a_hook_without_a_call(self) -> None:
-        with pytest.raises(InputError, match="never calls the model"):
+        with pytest.raises(
+            InputError, match="never calls the model it is given; call its argument"
+        ):
             Task(forward=lambda m, b: b.sum()).example_inputs(Mixed(), SCORES)
 
     def test_loss_and_hook_exclude_each_other(self) -> None:
