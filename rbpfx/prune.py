@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 import torch
 from torch import nn
 
+from rbpfx.arguments import as_number, check_arguments, known_leaves, usable_device
 from rbpfx.bars import stages
 from rbpfx.checkpoints import Checkpoints, Store, fingerprint
 from rbpfx.circumstances import in_words
@@ -24,7 +25,6 @@ from rbpfx.errors import (
 )
 from rbpfx.graph.capture import LeafModule, evaluating, trace
 from rbpfx.graph.copying import copy_model
-from rbpfx.graph.device import device_of
 from rbpfx.graph.examples import first_examples
 from rbpfx.graph.groups import analyze
 from rbpfx.latency.meter import PlanMeter
@@ -32,8 +32,8 @@ from rbpfx.methods import Method, find_method, insert_noise
 from rbpfx.preparation import (
     check_capture,
     example_inputs,
+    require_free_batch,
     require_groups,
-    require_repeatable,
     trainable_copy,
 )
 from rbpfx.progress import Bar, patient
@@ -126,7 +126,8 @@ def prune(
 
     Raises:
         CheckpointError: `checkpoint_dir` cannot be written, or belongs to another call.
-        InputError: Loader, loss and model do not fit together.
+        InputError: An argument is of the wrong kind, or loader, loss and model do not fit
+            together.
         CaptureError: Nothing of the model can be traced, or the graph differs from it.
         NothingToPruneError: No channel of the model may be removed.
         TargetError: The target cannot be reached, or the method only ranks and there is none.
@@ -142,6 +143,24 @@ def prune(
     """
     started = time.perf_counter()
     gc.collect()  # networks of earlier calls: graphs refer to themselves
+    check_arguments(
+        model,
+        loader,
+        val_loader=val_loader,
+        loss_fn=loss_fn,
+        forward=forward,
+        metric=metric,
+        callback=callback,
+        target=target,
+        recursion=recursion,
+        recovery=recovery,
+        training=training,
+        distill=distill,
+        seed=seed,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_interval=checkpoint_interval,
+    )
+    leaf_modules, seed = known_leaves(model, leaf_modules), int(seed)
     method = find_method(method)
     if not method.decides and (target is None or not (target.cost or target.widths)):
         raise TargetError(
@@ -149,7 +168,7 @@ def prune(
             "example target=rbpfx.Target(macs=0.5)"
         )
     recovery = recovery or FineTune()
-    device = torch.device(device) if device is not None else device_of(model)
+    device = usable_device(device, model)
     task = Task(loss_fn, forward, device)
     if distill and forward is not None:
         raise InputError("distill=True needs class scores; it does not go with forward=...")
@@ -158,7 +177,6 @@ def prune(
     progress = progress and strategy.rank == 0
     if distill and training.train_step is not None:
         raise InputError("distill=True does not go with a train_step of your own; distil in it")
-    require_repeatable(loader, val_loader)
     evaluate = _evaluation(task, metric, val_loader, progress, strategy)
 
     settings = recursion or method.recursion()
@@ -191,12 +209,13 @@ def prune(
             begin("first batch")
             dense = trainable_copy(model).to(device)
             strategy.synchronize(dense)
-            inputs, batch = example_inputs(dense, loader, task)
+            inputs, batch = example_inputs(dense, loader, task, distill)
             begin("capture")
             # A copy: the graph takes the trained weights, while `dense` stays the baseline.
             gm = trace(copy_model(dense, {}), inputs, leaf_modules=leaf_modules)
             begin("check")
             check_capture(dense, gm, inputs)
+            require_free_batch(dense, gm, inputs)
             task.scale = measure_scale(dense, loader, task, training, batch)
             begin("analysis")
             analysis = analyze(gm, unit=unit, attention=attention, normalization=normalization)
@@ -353,7 +372,7 @@ def _evaluation(
 
     def evaluate(network: nn.Module) -> float:
         with generators_kept(task.device), evaluating(network), torch.no_grad():
-            value = float(metric(network, val_loader))
+            value = as_number(metric(network, val_loader))
             return float(strategy.mean(torch.tensor(value, dtype=torch.float64, device="cpu")))
 
     return evaluate

@@ -303,7 +303,7 @@ class Selection:
             raise TargetError(
                 f"the target keeps {self.budget:.1%} of the {COSTS[str(self.target.cost)]}, but "
                 f"with the least width of every group (one unit unless bounded) this network "
-                f"still keeps {least:.1%}; choose a larger target"
+                f"still keeps {least:.1%}; {self.target.remedy()}"
             )
 
     @cached_property

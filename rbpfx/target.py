@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from numbers import Real
 
 from rbpfx.errors import TargetError
 
@@ -30,8 +31,8 @@ class Target:
     layers that produce a group's channels: "layer1.*.conv1", or "layer1" for all that is in it.
 
     Attributes:
-        macs: Multiply-accumulates per example: up to 1 the share of the dense network to keep,
-            above 1 an absolute number.
+        macs: Multiply-accumulates per example: up to 1 the share of the dense network to keep
+            (0.5 for a half), above 1 an absolute number (50 for fifty multiply-accumulates).
         params: Parameters, likewise.
         latency: Time of a forward pass: a number up to 1 is the share of the dense network's to
             keep, a string such as "4.5 ms" an absolute time. It is measured on the machine at
@@ -76,7 +77,7 @@ class Target:
             raise TargetError(f"a target has one budget, not {' and '.join(given)}; choose one")
         for name in given:
             value = getattr(self, name)
-            if isinstance(value, str) and name != "latency":
+            if not _is_number(value) and not (name == "latency" and isinstance(value, str)):
                 raise TargetError(f"Target({name}={value!r}) must be a number, for example 0.5")
             if name == "latency":
                 self.latency_share(1.0)  # complains
@@ -86,13 +87,22 @@ class Target:
             value = getattr(self, name)
             if name == "round_to" and value == AUTO:
                 continue
-            if isinstance(value, str):
-                raise TargetError(f"Target({name}={value!r}) must be a number, or round_to='auto'")
+            if value is not None and not _is_number(value):
+                words = "a number, or round_to='auto'" if name == "round_to" else "a whole number"
+                raise TargetError(f"Target({name}={value!r}) must be {words}")
             if value is not None and (value != int(value) or value < 1):
                 raise TargetError(f"Target({name}={value}) must be a whole number, 1 at least")
         for name in ("include", "exclude"):
-            if isinstance(getattr(self, name), str):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):
                 raise TargetError(f"Target({name}=...) is a list of patterns, not one string")
+            if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+                raise TargetError(f"Target({name}={patterns!r}) must be a list of patterns, of str")
+        if not isinstance(self.widths, Mapping):
+            raise TargetError(
+                f"Target(widths={self.widths!r}) must map patterns to bounds, for example "
+                "{'layer4': (0.25, None)}"
+            )
         for pattern, bounds in self.widths.items():
             _require_bounds(pattern, bounds)
 
@@ -113,6 +123,21 @@ class Target:
         if value is None:
             raise TargetError("this target limits no cost")
         return value if value <= 1 else value / dense
+
+    def remedy(self) -> str:
+        """What to do if it cannot be reached."""
+        value = getattr(self, str(self.cost))
+        if isinstance(value, (int, float)) and 1 < value <= 100:
+            return (
+                f"{self.cost}={value} is {value} {COSTS[str(self.cost)]} in all; a share of "
+                f"{value} % is written Target({self.cost}={value / 100})"
+            )
+        bounds = [
+            f"{name}={getattr(self, name)}"
+            for name, default in (("round_to", 1), ("min_width", 1), ("widths", {}))
+            if getattr(self, name) != default
+        ]
+        return " or less of ".join(["choose a larger target", *bounds])
 
     def latency_share(self, dense: float) -> float:
         """The share of a dense latency, in seconds, to keep."""
@@ -140,6 +165,10 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _require_bounds(pattern: str, bounds: tuple[Width, Width]) -> None:
     try:
         least, most = bounds
@@ -148,6 +177,8 @@ def _require_bounds(pattern: str, bounds: tuple[Width, Width]) -> None:
     for bound in (least, most):
         if bound is None:
             continue
+        if not _is_number(bound):
+            raise TargetError(f"widths[{pattern!r}]: {bound!r} must be a number, or None")
         if isinstance(bound, float) and not 0 < bound <= 1:
             raise TargetError(f"widths[{pattern!r}]: the share {bound} must lie between 0 and 1")
         if bound < 0 or (isinstance(bound, int) and bound < 1):

@@ -30,7 +30,10 @@ def run(name: str, *arguments: str) -> None:
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-@pytest.fixture(params=NEEDS)
+LONG = {"compile"}
+
+
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NEEDS])
 def example(request: pytest.FixtureRequest) -> str:
     for package in NEEDS[request.param]:
         pytest.importorskip(package)

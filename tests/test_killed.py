@@ -44,7 +44,7 @@ def processes() -> multiprocessing.context.BaseContext:
     return context
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_every_run_ends_the_same(tmp_path: Path, kills: int, processes) -> None:
     def carry_out(name: str, seconds: float | None) -> bool:
         """Run in a process that is killed after some time; whether it got to the end."""

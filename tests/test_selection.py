@@ -308,3 +308,17 @@ class TestComplete:
         scores = {g.name: rng.random(g.size) for g in analysis.groups}
         plan = Selection(analysis, Target(macs=least + 1e-3)).plan(scores)
         assert analysis.macs(analysis.keep(plan)) / analysis.dense_macs <= least + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (Target(macs=50), r"50 % is written Target\(macs=0.5\)"),
+        (Target(macs=0.01, round_to=64), "choose a larger target or less of round_to=64$"),
+        (Target(params=0.01, min_width=99), "larger target or less of min_width=99$"),
+        (Target(macs=1e-6), "choose a larger target$"),
+    ],
+)
+def test_a_target_out_of_reach_says_what_helps(captured, target: Target, words: str):
+    with pytest.raises(TargetError, match=words):
+        Selection(captured[1], target)

@@ -117,7 +117,7 @@ def deploy(
         VerificationError: In float64 the plain form differs from the model by more than 1e-9, or
             the result by more than `tolerance` in its own type; it is not used.
         CaptureError: The model cannot be captured.
-        InputError: `example_inputs` do not fit, or the network does not run in `dtype`.
+        InputError: `example_inputs` do not fit, or `dtype` is none that the network runs in.
 
     Examples:
         >>> from torchvision.models import resnet18
@@ -125,6 +125,10 @@ def deploy(
         >>> any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
         False
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError(
+            f"dtype={dtype!r} must be a floating point torch.dtype, for example torch.bfloat16"
+        )
     model = captured(model, example_inputs)
     reference = in_double(copy_model(model, {})).eval()
     error = verify(reference, plain_form(reference), example_inputs)

@@ -9,7 +9,6 @@ node has the value of the example inputs in `node.meta["val"]` (fake tensors, no
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import traceback
@@ -32,6 +31,7 @@ from rbpfx.graph.lazy import LazyGraphModule
 from rbpfx.graph.metadata import fake_inputs, fake_mode, record_metadata
 from rbpfx.graph.modes import merge_modes
 from rbpfx.graph.parts import capture_inside, captured_parts, note_examples
+from rbpfx.graph.regions import detach_regions
 from rbpfx.graph.tracer import GraphTracer, LeafModule, ValueTracer
 from rbpfx.surroundings import usual_modes
 
@@ -77,7 +77,8 @@ def trace(
         module of its class, with `GraphModule`s in the places of submodules.
 
     Raises:
-        CaptureError: Nothing of the model can be traced; names the line and the remedy.
+        CaptureError: Nothing of the model can be traced, or its forward switches autocast on;
+            names the line and the remedy.
         InputError: `example_inputs` do not fit the model's forward.
 
     Examples:
@@ -261,7 +262,7 @@ def _look_inside(
 
 def _require_that_it_runs(root: nn.Module, supplied: Mapping[str, Any]) -> None:
     """Tell inputs that do not fit from code that cannot be traced."""
-    twin = copy.deepcopy(root).eval()
+    twin = copy_model(root, {}).eval()
     try:
         with torch.no_grad():
             twin(**supplied)
@@ -280,6 +281,7 @@ def _graph_of(
 
     Raises:
         _Refusal: Something cannot be traced.
+        CaptureError: What is asked for has no place in a graph.
     """
     root = _structure_copy(model)
     mode = fake_mode()
@@ -290,6 +292,8 @@ def _graph_of(
         tracer = ValueTracer(mode, fakes, leaf_modules, leaf_functions, reference)
         try:
             graphs.append(tracer.trace(root.train(training)))
+        except CaptureError:
+            raise  # to keep a module whole would hide what it says
         except Exception as error:
             explained = _explained(error, tracer.failed_in, root)
             raise _Refusal(tracer.failed_in, explained) from error
@@ -299,6 +303,7 @@ def _graph_of(
         graph = merge_modes(graphs[1], graphs[0], root) if len(graphs) > 1 else graphs[0]
     except CaptureError as error:
         raise _Refusal(None, error) from error
+    detach_regions(graph, root, mode)
     for node in graph.nodes:
         if isinstance(node.type, str):
             node.type = None  # an annotation that was never evaluated: torch cannot pickle it

@@ -26,6 +26,9 @@ _gone: deque[int] = deque()
 class LazyGraphModule(fx.GraphModule):
     """A `torch.fx.GraphModule` whose `forward` is compiled when it is first looked up."""
 
+    # `torch.jit.script` compiles the other properties of a module too.
+    __jit_unused_properties__ = fx.GraphModule.__jit_unused_properties__ + ["code"]  # noqa: RUF005
+
     @property
     def graph(self) -> fx.Graph:
         """The graph; assign it again after changing it."""

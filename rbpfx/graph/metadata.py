@@ -5,7 +5,6 @@ Nothing is computed and no memory is needed. The value of a node is in `node.met
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from rbpfx.errors import InputError
 from rbpfx.graph.calls import submodule
+from rbpfx.graph.copying import copy_model
 from rbpfx.graph.shapes import call_value, module_value
 
 
@@ -112,7 +112,7 @@ def _call(
         try:
             with unset_fake_temporarily():
                 args, kwargs = tree_map(_ones, (args, kwargs))
-                real = copy.deepcopy(real).eval() if isinstance(real, nn.Module) else real
+                real = copy_model(real, {}).eval() if isinstance(real, nn.Module) else real
                 result = real(*args, **kwargs)
         except Exception:
             raise refusal from None

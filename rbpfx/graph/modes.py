@@ -269,7 +269,9 @@ def _interchangeable(in_train: Any, in_eval: Any) -> bool:
     values = [node.meta["val"] for node in (in_train, in_eval)]
     if all(isinstance(value, Tensor) for value in values):
         return bool(values[0].shape == values[1].shape)
-    return bool(values[0] == values[1]) and not any(isinstance(v, Tensor) for v in values)
+    if any(isinstance(leaf, Tensor) for leaf in tree_leaves(values)):
+        return False  # several tensors, or a tensor and something else
+    return bool(values[0] == values[1])
 
 
 def _same_but_constants(node: fx.Node, wanted: Any) -> bool:

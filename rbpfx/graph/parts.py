@@ -7,7 +7,6 @@ inside it is captured as graphs of its own, which take the places of its submodu
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rbpfx.errors import CaptureError, RbpfxError
+from rbpfx.graph.copying import copy_model
 from rbpfx.graph.examples import count_examples
 from rbpfx.graph.tracer import GraphTracer
 
@@ -69,11 +69,22 @@ def capture_inside(
 
     Returns:
         Qualified name -> why it was not captured, for modules with parameters that stay.
+
+    Raises:
+        CaptureError: Nothing was captured, because of TorchScript.
     """
     calls = _record_calls(model, opaque, run)
     refused: dict[str, str] = {}
     for name in opaque:
         _capture_children(model.get_submodule(name), name, calls, capture, refused)
+    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted and not captured_parts(model):
+        what = f"module {scripted[0]!r}" if scripted[0] else "the model"
+        raise CaptureError(
+            f"{what} is TorchScript, whose code cannot be followed. Put the module that it was "
+            "scripted from in its place (load_state_dict takes its weights), and script the "
+            "pruned network instead"
+        )
     return refused
 
 
@@ -128,9 +139,11 @@ def _record_calls(
     model: nn.Module, opaque: list[str], run: Callable[[nn.Module], Any]
 ) -> dict[str, list[tuple[Call, Any]]]:
     """Run a copy of the model, and note what the modules inside opaque ones get and return."""
-    twin = copy.deepcopy(model).eval()
+    twin = copy_model(model, {}).eval()
     calls: dict[str, list[tuple[Call, Any]]] = defaultdict(list)
     for name, module in twin.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks of Python
         if any(name.startswith(f"{outer}." if outer else "") for outer in opaque) and name:
 
             def note(

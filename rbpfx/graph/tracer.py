@@ -39,6 +39,7 @@ from rbpfx.graph.patches import (
     marked_functions_opened,
     training_flags_watched,
 )
+from rbpfx.graph.regions import Surroundings
 from rbpfx.graph.rules.base import python_functions, rule_of_function, rule_of_module
 from rbpfx.graph.values import (
     GraphProxy,
@@ -46,6 +47,7 @@ from rbpfx.graph.values import (
     ValueProxy,
     assume,
     line_of_user_code,
+    sizes_of_constants_kept,
     value_behind,
 )
 
@@ -139,6 +141,7 @@ class ValueTracer(GraphTracer):
         self.leaf_functions = set(leaf_functions)
         self.failed_in: str | Callable[..., Any] | None = None
         self.depends_on_mode = False
+        self._surroundings = Surroundings()
         self._values = _Values(self, reference)
         self._guarded: set[tuple[fx.Node, str]] = set()
         self._thread = threading.get_ident()
@@ -157,6 +160,7 @@ class ValueTracer(GraphTracer):
             custom_autograd_functions_refused(),
             marked_functions_opened(self),
             attributes_kept(root),
+            sizes_of_constants_kept(),
             watched,
         ):
             graph = super().trace(root, concrete_args)
@@ -274,6 +278,7 @@ class ValueTracer(GraphTracer):
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Record a node and its value."""
         node = super().create_node(kind, target, *args, **kwargs)
+        self._surroundings.note(node)
         node.meta["val"] = self._values.of(node)
         return node
 

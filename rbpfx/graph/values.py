@@ -12,6 +12,8 @@ import linecache
 import operator
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,55 @@ class _Method:
             raise Untraceable(f"Tensor.{self.name}() takes values out of a tensor")
         tracer = self.proxy.tracer
         return tracer.create_proxy("call_method", self.name, (self.proxy, *args), kwargs)
+
+
+# Methods for whose sizes torch wants numbers, which fixes them, even of a constant: recorded.
+_SIZED = (
+    "expand repeat tile view reshape broadcast_to narrow roll new_zeros new_ones new_empty new_full"
+).split()
+
+
+@contextmanager
+def sizes_of_constants_kept() -> Iterator[None]:
+    """Record calls of methods of real tensors whose sizes are proxies, `constant.expand(n, -1)`.
+
+    The constant then becomes a node, as a buffer would.
+    """
+    before = {name: vars(Tensor).get(name) for name in (*_SIZED, "__getitem__")}
+    for name in before:
+        setattr(Tensor, name, _recording(name, getattr(Tensor, name)))
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            if method is None:  # it was inherited
+                delattr(Tensor, name)
+            else:
+                setattr(Tensor, name, method)
+
+
+def _recording(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        proxy = _proxy_among((args, tuple(kwargs.values())))
+        if proxy is None or type(tensor) is ValueProxy:
+            return method(tensor, *args, **kwargs)
+        target: Any = operator.getitem if name == "__getitem__" else name
+        kind = "call_method" if target is name else "call_function"
+        return proxy.tracer.create_proxy(kind, target, (tensor, *args), kwargs)
+
+    return call
+
+
+def _proxy_among(value: Any) -> ValueProxy | None:
+    """A proxy in (nested) arguments; the type is asked because proxies pass for tuples."""
+    if type(value) is ValueProxy:
+        return value
+    if type(value) is slice:
+        value = (value.start, value.stop, value.step)
+    if type(value) not in (tuple, list):
+        return None
+    return next((found for v in value if (found := _proxy_among(v)) is not None), None)
 
 
 def value_behind(proxy: fx.Proxy) -> Any:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rbpfx.errors import VerificationError
@@ -65,7 +66,7 @@ def verify(
     device = device_of(masked)
     inputs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
     masked, pruned = _prepared(masked, train), _prepared(pruned, train)
-    with torch.no_grad():
+    with torch.no_grad(), _InDouble():
         return largest_difference(masked, pruned, lambda network: network(**inputs))
 
 
@@ -185,7 +186,7 @@ def _prepared(network: nn.Module, train: bool) -> nn.Module:
 
 
 def in_double(network: nn.Module) -> nn.Module:
-    """Make a network float64, where the code names a coarser type (`x.to(torch.float32)`) too."""
+    """Make a network float64, also where its graphs name a coarser type or take the default."""
     network.double()
     for part in captured_parts(network).values():
         for node in list(part.graph.nodes):
@@ -197,8 +198,34 @@ def in_double(network: nn.Module) -> nn.Module:
             node.kwargs = map_aggregate(node.kwargs, _finest)
             if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
                 node.target = "double"
+            if node.op in ("call_function", "call_method") and _is_of_default_dtype(node):
+                with part.graph.inserting_after(node):
+                    double = part.graph.call_method("double", (node,))
+                double.meta.update(node.meta)
+                node.replace_all_uses_with(double, lambda user, double=double: user is not double)
         part.recompile()
     return network
+
+
+def _is_of_default_dtype(node: fx.Node) -> bool:
+    """Whether a floating-point tensor is made of none: `torch.zeros(2)`, `torch.arange(5) / 5`.
+
+    The default dtype itself is that of all threads, and stays as it is.
+    """
+    inputs = (leaf for n in node.all_input_nodes for leaf in _tensors(n.meta.get("val")))
+    made: Tensor = node.meta["val"]
+    return made.is_floating_point() and not any(t.is_floating_point() for t in inputs)
+
+
+class _InDouble(TorchFunctionMode):
+    """Makes every coarser result float64: in modules kept whole, whose code cannot be changed."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_coarse = isinstance(result, Tensor) and result.is_floating_point()
+        return result.double() if is_coarse else result
 
 
 def _finest(value: Any) -> Any:

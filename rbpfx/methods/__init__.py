@@ -49,7 +49,13 @@ def find_method(method: str | Method) -> Method:
             kind = type(method).__name__
             raise RbpfxError(f"{kind} has no name for the report: give the class one, name = '...'")
         return method
-    if method not in METHODS:
+    if isinstance(method, type) and issubclass(method, Method):
+        prefix = "rbpfx." if METHODS.get(getattr(method, "name", "")) is method else ""
+        raise RbpfxError(
+            f"method is the class {method.__name__}; give method={prefix}{method.__name__}(), or "
+            "its name"
+        )
+    if not isinstance(method, str) or method not in METHODS:
         raise RbpfxError(f"no method is called {method!r}; there are: {', '.join(METHODS)}")
     return METHODS[method]()
 

@@ -12,6 +12,7 @@ from rbpfx.errors import RbpfxError
 from rbpfx.graph.groups import Analysis, ChannelGroup
 
 SCOPES = ("local", "global", "l2")
+COMPUTED = ".parametrizations."
 
 
 class UnitWeights:
@@ -26,6 +27,9 @@ class UnitWeights:
         filters: Weights that produce the channels: `(parameter, axis, unit of every index)`.
         readers: Weights that read them.
         scales: Scales of BatchNorm layers on them.
+
+    Raises:
+        RbpfxError: There are none at all.
     """
 
     Member = tuple[nn.Parameter, int, Tensor]
@@ -33,7 +37,8 @@ class UnitWeights:
     def __init__(self, model: nn.Module, analysis: Analysis, group: ChannelGroup) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         number = next(i for i, g in enumerate(analysis.groups) if g.name == group.name)
-        self.size = group.size
+        self.group, self.size = group.name, group.size
+        self._computed = sorted({n.partition(COMPUTED)[0] for n in parameters if COMPUTED in n})
         self.filters: list[UnitWeights.Member] = []
         self.readers: list[UnitWeights.Member] = []
         self.scales: list[UnitWeights.Member] = []
@@ -52,11 +57,28 @@ class UnitWeights:
                 (self.filters if produces else self.readers).append(member)
             elif isinstance(model.get_submodule(owner), _BatchNorm) and name.endswith("weight"):
                 self.scales.append(member)
+        if not (self.filters or self.readers or self.scales):
+            raise self._nothing()
+
+    def _nothing(self) -> RbpfxError:
+        """What is raised if there are no weights to look at."""
+        cause, remedy = "no parameter has an axis for its units", ""
+        if self._computed:
+            cause += f": parametrizations compute the weights of {', '.join(self._computed)}"
+            remedy = (
+                "call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') before "
+                "pruning, "
+            )
+        return RbpfxError(
+            f"the method looks at the weights of group {self.group!r}, but {cause}; {remedy}"
+            f"leave the group out by Target(exclude=[{self.group!r}]), or take a method that does "
+            "not look at weights, such as 'taylor' or 'rbp'"
+        )
 
     def power_sum(self, members: list[Member], power: float) -> Tensor:
         """Sum of |w|^power over all weights of every unit, `(size,)`; differentiable."""
         if not members:
-            raise RbpfxError("the group has no such weights")
+            raise self._nothing()
         total = members[0][0].new_zeros(self.size + 1)
         for parameter, dim, unit in members:
             others = [d for d in range(parameter.ndim) if d != dim]

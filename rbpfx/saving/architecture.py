@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -114,12 +114,19 @@ def _operator(node: fx.Node, gm: fx.GraphModule, names: dict[fx.Node, str]) -> s
     return f"{getattr(node.target, '__name__', node.target)}({given})"
 
 
-def constructed(module: nn.Module) -> dict[str, Any]:
+def constructed(
+    module: nn.Module, parameters: Mapping[str, inspect.Parameter] | None = None
+) -> dict[str, Any]:
     """The arguments of a module's constructor that differ from their defaults, as far as known.
 
     A module of torch keeps them as attributes of the same name.
+
+    Args:
+        module: Any module.
+        parameters: What its constructor takes, where the signature does not tell.
     """
-    parameters = inspect.signature(type(module).__init__).parameters
+    if parameters is None:
+        parameters = inspect.signature(type(module).__init__).parameters
     return {
         name: value
         for name, parameter in parameters.items()

@@ -11,6 +11,7 @@ import builtins
 import importlib
 import inspect
 import sys
+from math import isfinite
 from types import ModuleType
 from typing import Any
 
@@ -63,7 +64,7 @@ class Definitions:
         elif inspect.isroutine(value) or isinstance(value, type):
             self._import(value, own, name)
         else:
-            self.sources.setdefault(name, f"{name} = {value!r}")
+            self.sources.setdefault(name, f"{name} = {literal(value)}")
         return name
 
     def _import(self, value: Any, own: str, name: str) -> None:
@@ -94,6 +95,18 @@ class Definitions:
         self.sources[value.__name__] = source
 
 
+def literal(value: Any) -> str:
+    """A number, a text or a sequence as Python code; `repr` writes infinities as names."""
+    if isinstance(value, float) and not isfinite(value):
+        return f'float("{value}")'
+    if type(value) in (list, tuple):
+        entries = ", ".join(map(literal, value))
+        if isinstance(value, list):
+            return f"[{entries}]"
+        return f"({entries},)" if len(value) == 1 else f"({entries})"
+    return repr(value)
+
+
 def _is_ours(value: Any) -> bool:
     return str(getattr(value, "__module__", "")).partition(".")[0] == "rbpfx"
 
@@ -108,4 +121,4 @@ def _names(source: str) -> list[str]:
     return sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
 
 
-__all__ = ["Definitions"]
+__all__ = ["Definitions", "literal"]

@@ -22,7 +22,7 @@ from rbpfx.errors import SaveError
 from rbpfx.files import written_aside
 from rbpfx.graph.parts import captured_parts
 from rbpfx.saving.architecture import constructed, is_plain
-from rbpfx.saving.definitions import Definitions
+from rbpfx.saving.definitions import Definitions, literal
 from rbpfx.saving.save import distinct
 from rbpfx.surroundings import generators_kept
 
@@ -146,12 +146,17 @@ class _Writer:
     def _layer(self, module: nn.Module, path: str) -> str:
         """The constructor call that makes a layer."""
         kind = type(module)
-        signature = inspect.signature(kind.__init__).parameters
-        arguments = constructed(module)
+        signature = _signature(kind)
+        arguments = constructed(module, signature)
         dtypes = {t.dtype for t in _own(module).values() if t.is_floating_point()}
         if "dtype" in signature and len(dtypes) == 1 and dtypes != {torch.float32}:
             arguments["dtype"] = dtypes.pop()
         own = _annotated(module)
+        if isinstance(module, nn.PReLU):
+            arguments["num_parameters"] = module.weight.numel()
+        if isinstance(module, nn.GroupNorm) and module.num_channels % module.num_groups:
+            # The constructor refuses groups of unequal sizes, which the exact one has.
+            arguments["num_groups"], own["num_groups"] = 1, module.num_groups
         short = _shortened(arguments, signature)
         if _failure(module, short, own) is None:
             arguments = short
@@ -162,14 +167,14 @@ class _Writer:
                 f"{failure}. Save the network and load it with rbpfx.load"
             )
         for name, value in own.items():
-            self.attributes.append(f"{_place(path)}.{name} = {value!r}")
+            self.attributes.append(f"{_place(path)}.{name} = {literal(value)}")
         if kind.__module__.startswith("torch.nn") and getattr(nn, kind.__name__, None) is kind:
             called = f"nn.{kind.__name__}"
         else:
             called = self.definitions.reference(kind)
         required = [n for n, p in signature.items() if p.default is p.empty and n in arguments]
-        first = [repr(arguments.pop(name)) for name in required]
-        rest = [f"{name}={value!r}" for name, value in arguments.items()]
+        first = [literal(arguments.pop(name)) for name in required]
+        rest = [f"{name}={literal(value)}" for name, value in arguments.items()]
         return f"{called}({', '.join(first + rest)})"
 
     # -- tensors ----------------------------------------------------------------------------
@@ -238,8 +243,8 @@ def _place(path: str) -> str:
 
 def _register(leaf: str, tensor: Tensor, constant: bool) -> str:
     small = tensor.numel() <= _LARGEST_LITERAL
-    if constant and small and bool(tensor.isfinite().all()):
-        value = f"torch.tensor({tensor.tolist()!r}, dtype={tensor.dtype})"
+    if constant and small and not tensor.is_complex():
+        value = f"torch.tensor({literal(tensor.tolist())}, dtype={tensor.dtype})"
         if not tensor.numel():
             value = f"torch.zeros({tuple(tensor.shape)!r}, dtype={tensor.dtype})"
     else:
@@ -282,7 +287,7 @@ def _shortened(
 
 def _failure(module: nn.Module, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
     """Why a constructor with these arguments does not make such a module; None if it does."""
-    signature = inspect.signature(type(module).__init__).parameters
+    signature = _signature(type(module))
     try:
         # Numbers that are not written out shall not depend on the default dtype of the reader.
         explicit = {"dtype": torch.float32} if "dtype" in signature else {}
@@ -301,12 +306,26 @@ def _failure(module: nn.Module, arguments: Mapping[str, Any], own: Mapping[str, 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """The numbers, texts and such among the attributes of a module and of those in it."""
-    return {
+    settings = {
         f"{path}.{name}" if path else name: value
         for path, part in module.named_modules()
         for name, value in vars(part).items()
         if name != "training" and is_plain(value)
     }
+    if isinstance(module, nn.PReLU):
+        settings.pop("num_parameters")  # its weight tells, also where one slope serves all channels
+    return settings
+
+
+def _signature(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a constructor; recurrent layers take them from their base class."""
+    if kind not in (nn.LSTM, nn.GRU, nn.RNN):
+        return inspect.signature(kind.__init__).parameters
+    parameters = dict(inspect.signature(nn.RNNBase.__init__).parameters)
+    mode = parameters.pop("mode")
+    if kind is nn.RNN:
+        parameters["nonlinearity"] = mode.replace(name="nonlinearity", default="tanh")
+    return parameters
 
 
 __all__ = ["source_of", "write_source"]

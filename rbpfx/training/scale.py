@@ -63,7 +63,8 @@ def measure_scale(
     with generators_kept(task.device), torch.no_grad():
         looked_at = list(batches(loader, ceil(EXAMPLES / batch)))
         dense, constant = _losses(model, looked_at, task)
-    dense, constant = strategy.mean(torch.tensor([dense, constant], dtype=torch.float64)).tolist()
+    measured = torch.tensor([dense, constant], dtype=torch.float64, device="cpu")
+    dense, constant = strategy.mean(measured).tolist()
     learnt = constant - dense
     if not (isfinite(learnt) and learnt > TELLING * abs(constant)):
         if not task.is_classification:
@@ -92,7 +93,7 @@ def share_forgotten(
         return None
     with generators_kept(task.device), torch.no_grad():
         measured = _mean_loss(model, list(batches(loader, ceil(EXAMPLES / batch))), task)
-    loss = float(training.spread.mean(torch.tensor(measured, dtype=torch.float64)))
+    loss = float(training.spread.mean(torch.tensor(measured, dtype=torch.float64, device="cpu")))
     return max(loss - scale.dense, 0.0) / (scale.learnt * scale.nat) if isfinite(loss) else None
 
 

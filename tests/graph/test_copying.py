@@ -84,3 +84,17 @@ def test_copies_equal_deep_copies(model: nn.Module) -> None:
     ):
         assert name == same
         assert torch.equal(quick, slow)
+
+
+def test_a_compiled_module_is_copied_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for module in (model, model[1]):
+        module.compile(backend="eager")
+    captured = trace(model, torch.zeros(3, 2))
+    captured.compile(backend="eager")
+    for network in (model, captured):
+        twin = copy_model(network, {})
+        twin(torch.rand(3, 2))
+        assert model[1].num_batches_tracked == 0
+        assert network._compiled_call_impl is not None
+        assert all(m._compiled_call_impl is None for m in twin.modules())

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
+import rbpfx
 from rbpfx.graph.capture import trace
 from rbpfx.graph.lazy import LazyGraphModule
 
@@ -86,3 +90,44 @@ def test_torch_fx_traces_it_again(gm: fx.GraphModule, model: nn.Module) -> None:
 
 def test_it_is_captured_again(gm: fx.GraphModule, model: nn.Module) -> None:
     assert torch.equal(trace(gm, INPUTS)(*INPUTS), model(*INPUTS))
+
+
+def small_resnet() -> ResNet:
+    """Four blocks, two classes."""
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=2)
+
+
+def saved_and_loaded(result: rbpfx.PruningResult, path: Path) -> nn.Module:
+    result.save(path)
+    return rbpfx.load(path, small_resnet)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda result, _: result.model,
+        lambda result, _: copy.deepcopy(result.model),
+        lambda result, _: pickle.loads(pickle.dumps(result.model)),
+        saved_and_loaded,
+    ],
+    ids=["pruned", "copied", "pickled", "loaded"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_it_can_be_scripted(
+    made: Callable[[rbpfx.PruningResult, Path], nn.Module], tmp_path: Path
+) -> None:
+    images = torch.rand(4, 3, 32, 32)
+    result = rbpfx.prune(
+        small_resnet(),
+        [(images, torch.tensor([0, 1, 0, 1]))],
+        method="magnitude",
+        recursion=None,
+        target=rbpfx.Target(macs=0.5),
+        recovery=rbpfx.FineTune(epochs=0),
+        progress=False,
+    )
+    network = made(result, tmp_path / "saved")
+    scripted = torch.jit.script(network)
+    for training in (False, True):
+        expected = copy.deepcopy(network).train(training)(images)
+        assert torch.equal(scripted.train(training)(images), expected)

@@ -177,3 +177,37 @@ def test_detectors(name: str) -> None:
     sizes = [sum(p.numel() for p in network.parameters()) for network in (model, pruned)]
     assert sizes[1] < 0.7 * sizes[0]
     assert type(pruned).__mro__[1] is not fx.GraphModule
+
+
+class Around(nn.Module):
+    """A block and a scripted module."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.head = first, nn.Conv2d(6, 2, 1)
+        self.scripted = torch.jit.script(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.scripted(self.first(x)))
+        return y
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_stays_and_what_is_beside_it_is_pruned() -> None:
+    model, x = Around(block(3, 8, 6)).train(), torch.rand(2, 3, 5, 5)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    gm = trace(model, x)
+    analysis = analyze(gm)
+    pruned, masked = (f(gm, analysis, halved(analysis)) for f in (rewrite, apply_mask))
+    assert pruned.get_parameter("first.0.weight").shape[0] == 4
+    assert require_equal(masked, pruned, x) < 1e-12
+    pruned.train()(x).sum().backward()
+    assert all(p.grad is not None for p in pruned.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_beside_torchscript() -> None:
+    for leaves in ((), ("scripted",)):
+        with pytest.raises(CaptureError, match=r"'scripted' is TorchScript.*scripted from in its"):
+            trace(Around(nn.Conv2d(3, 6, 1)), torch.rand(2, 3, 5, 5), leaf_modules=leaves)

@@ -84,7 +84,19 @@ def assigned(x: Tensor) -> Tensor:
     return y
 
 
-FREE = [windows, padded, table, loops, scaled, finite, assigned]
+def constants(x: Tensor) -> Tensor:
+    """Constants that are brought to the sizes of the input, in every way."""
+    n, c, h = x.shape[:3]
+    ones = torch.ones(1, 1, 1, 1)
+    row = torch.tensor([0.5, 2.0])
+    y = x * ones.expand(n, -1, h, 1) + ones.expand((x.size(0), 1, 1, 1))
+    y = y * ones.repeat(n, c, 1, 1) + ones.view(1, 1).tile((n, 1))[..., None, None]
+    y = y + torch.eye(2).view(1, 4).repeat(n, 1).sum(1).view(n, 1, 1, 1)
+    y = y * row.repeat(x.size(0), 1).prod(1).view(-1, 1, 1, 1) + row.new_ones(n, 1, h, 1)
+    return y + torch.arange(100.0)[:h][:, None]
+
+
+FREE = [windows, padded, table, loops, scaled, finite, assigned, constants]
 
 
 @pytest.mark.parametrize("function", FREE, ids=lambda f: f.__name__)
@@ -98,6 +110,11 @@ def test_batch_and_image_size_stay_free(function: Any) -> None:
         for dtype in (torch.float32, torch.float64):
             x = torch.randn(5, *shape, dtype=dtype)
             torch.testing.assert_close(network(x), function(x), rtol=0, atol=0)
+
+
+def test_a_constant_of_the_batch_size_is_no_assumption() -> None:
+    gm = traced(lambda x: x + torch.arange(4.0).unsqueeze(0).repeat(x.size(0), 1), torch.ones(2, 4))
+    assert not any(n.target is assume for n in gm.graph.nodes)
 
 
 def test_a_broken_guard_says_which_assumption_failed() -> None:
@@ -242,14 +259,18 @@ def test_nothing_stays_patched(fails: bool) -> None:
         (torch, "zeros"),
         (math, "sqrt"),
         (torch.autograd.Function, "apply"),
+        (Tensor, "expand"),
+        (Tensor, "__getitem__"),
     ]
     before = [getattr(home, name) for home, name in patched]
+    own = set(vars(Tensor))
     if fails:
         with pytest.raises(CaptureError):
             traced(lambda x: x.item(), torch.zeros(1))
     else:
         traced(table, torch.zeros(2, 6, 8))
     assert [getattr(home, name) for home, name in patched] == before
+    assert set(vars(Tensor)) == own
 
 
 def test_threads_trace_and_run_beside_each_other() -> None:

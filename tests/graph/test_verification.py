@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +16,7 @@ from rbpfx.graph.capture import trace
 from rbpfx.graph.gates import apply_mask
 from rbpfx.graph.groups import analyze
 from rbpfx.graph.slicing import rewrite
-from rbpfx.graph.verification import difference, require_equal, verify
+from rbpfx.graph.verification import difference, in_double, require_equal, verify
 from rbpfx.plan import PruningPlan
 
 
@@ -119,3 +123,96 @@ def test_the_smallest_of_a_few_draws_counts(monkeypatch: pytest.MonkeyPatch) -> 
     errors[1] = 1e-6
     with pytest.raises(VerificationError):
         require_equal(masked, pruned, x)
+
+
+def by_writing(n: int) -> Tensor:
+    table = torch.zeros(n, n)
+    table[0] = 1.0
+    table[1, 2] += 2
+    return table
+
+
+# All that makes a floating-point matrix (n, n) of none.
+MADE: dict[str, Callable[[int], Tensor]] = {
+    "ones": lambda n: torch.ones(n, n),
+    "random": lambda n: torch.randn(n, n) * 0 + 1,
+    "full": lambda n: torch.full((n, n), 0.5),
+    "range": lambda n: torch.arange(0.0, n * n).view(n, n),
+    "named": lambda n: torch.ones(n, n, dtype=torch.float32),
+    "divided": lambda n: (torch.arange(n * n) / 16).view(n, n),
+    "chosen": lambda n: torch.where(torch.arange(n * n).view(n, n) > 3, 1.0, 0.5),
+    "rooted": lambda n: torch.arange(n * n).sqrt().view(n, n),
+    "converted": lambda n: torch.eye(n).half().to(torch.float32),
+    "typed": lambda n: torch.arange(n * n).view(n, n).type("torch.FloatTensor"),
+    "written": by_writing,
+}
+
+
+class Multiplied(nn.Module):
+    """Its result times a matrix that its forward makes; `@` takes no two dtypes."""
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 6), nn.Linear(6, 4)
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.make(x.size(0)) @ self.second(self.first(x).relu())
+
+
+class Recurrent(nn.Module):
+    """An LSTM whose first state its forward makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm, self.head = nn.Linear(3, 6), nn.LSTM(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(1, x.size(1), 5)
+        y, _ = self.lstm(self.embed(x), (state, torch.zeros(1, x.size(1), 5)))
+        return self.head(y)
+
+
+class Inner(nn.Module):
+    """Something to keep whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) @ torch.eye(6)
+
+
+def halves(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, nn.Module]:
+    gm = trace(model, x, **options)
+    analysis = analyze(gm)
+    assert analysis.groups
+    plan = PruningPlan({group.name: range(group.size // 2) for group in analysis.groups})
+    return apply_mask(gm, analysis, plan), rewrite(gm, analysis, plan)
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+def test_tensors_that_a_forward_makes_are_double_too(make: Callable[[int], Tensor]) -> None:
+    x = torch.rand(5, 3)
+    masked, pruned = halves(Multiplied(make), x)
+    assert require_equal(masked, pruned, x) < 1e-12
+    masked = in_double(copy.deepcopy(masked))
+    assert masked(x.double()).dtype == torch.float64  # without `verify`, as `deploy` does
+    pruned.get_parameter("second.bias").data += 1e-6
+    with pytest.raises(VerificationError):
+        require_equal(masked, pruned, x)
+
+
+def test_first_states() -> None:
+    x = torch.rand(4, 2, 3)
+    masked, pruned = halves(Recurrent(), x)
+    assert pruned.get_parameter("embed.weight").shape == (3, 3)
+    assert require_equal(masked, pruned, x) < 1e-12
+
+
+def test_modules_kept_whole_compute_in_double_too() -> None:
+    x = torch.rand(4, 3)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), Inner(), nn.Linear(6, 2))
+    masked, pruned = halves(model, x, leaf_modules=[Inner])
+    assert require_equal(masked, pruned, x) < 1e-12

@@ -36,11 +36,11 @@ def whole_life(folder: Path) -> None:
     rbpfx.rebind(optimizer, result)
 
 
-def test_twenty_prunes_leave_nothing_behind(tmp_path: Path) -> None:
+def test_many_prunes_leave_nothing_behind(tmp_path: Path) -> None:
     for _ in range(2):  # what is made once may stay
         whole_life(tmp_path)
     before = held()
-    for _ in range(20):
+    for _ in range(8):
         whole_life(tmp_path)
     assert held() == before
 

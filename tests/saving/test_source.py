@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import get_model
 
-from rbpfx import PruningResult, SaveError
+from rbpfx import PruningPlan, PruningResult, SaveError, analyze, rewrite, trace
+from rbpfx.saving.source import source_of
 from rbpfx.testing.laws import randomize
 from tests.saving.results import Custom, Doubling, Tied, halved, outputs, small_vit
 from tests.toy import ShortcutNet
@@ -176,3 +177,123 @@ def test_an_unwritable_place(tmp_path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(SaveError, match="cannot be written to"):
         halved(ShortcutNet().eval(), torch.rand(2, 1, 6, 6)).to_source(tmp_path / "folder")
+
+
+class Causal(nn.Module):
+    """Attention to the past, written by hand, with a mask of infinities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(11, 8), nn.Linear(8, 16)
+        self.project, self.head = nn.Linear(16, 24), nn.Linear(8, 11)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(self.inner(self.embedding(tokens)).relu()).chunk(3, -1)
+        future = torch.ones(tokens.size(1), tokens.size(1)).triu(1) > 0
+        weights = (q @ k.transpose(-2, -1)).masked_fill(future, float("-inf")).softmax(-1)
+        return self.head(weights @ v)
+
+
+class Unbounded(nn.Module):
+    """Infinities and NaN as arguments, as settings of a layer, and in a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.clip = nn.Hardtanh(0.0, float("inf"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(self.clip(self.first(x)))
+        y = y.nan_to_num(nan=float("inf"), neginf=float("-inf"))
+        return torch.where(y > 1e9, float("nan"), y + torch.tensor([0.0, float("-inf"), 1.0]))
+
+
+class Slopes(nn.Module):
+    """PReLUs: one slope for all channels, twice the same, and a slope each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 8)
+        self.third, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.one, self.each = nn.PReLU(), nn.PReLU(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(self.second(self.one(self.first(x))))
+        return self.head(self.each(self.third(y)))
+
+
+class Ragged(nn.Module):
+    """A GroupNorm whose groups keep different numbers of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 2, 1)
+        self.norm = nn.GroupNorm(4, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.conv(x)).relu())
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer that stays whole."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.embed, self.rnn = nn.Linear(4, 8), kind(8, 6, **options)
+        width = self.rnn.proj_size or self.rnn.hidden_size
+        self.head = nn.Linear(width * (1 + self.rnn.bidirectional), 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(self.embed(x))[0])
+
+
+SEQUENCE = torch.rand(5, 2, 4)
+WRITTEN: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, dict[str, Any]]] = {
+    "causal": (Causal, torch.randint(11, (2, 5)), {}),
+    "unbounded": (Unbounded, torch.rand(2, 4), {}),
+    "slopes": (Slopes, torch.rand(2, 4), {}),
+    "ragged": (Ragged, torch.rand(2, 3, 4, 4), {"normalization": "exact"}),
+    "lstm": (lambda: Recurrent(nn.LSTM, bidirectional=True, batch_first=True), SEQUENCE, {}),
+    "lstm_projected": (
+        lambda: Recurrent(nn.LSTM, num_layers=2, dropout=0.5, proj_size=3),
+        SEQUENCE,
+        {},
+    ),
+    "gru": (lambda: Recurrent(nn.GRU, num_layers=2, bias=False), SEQUENCE, {}),
+    "rnn": (lambda: Recurrent(nn.RNN, nonlinearity="relu"), SEQUENCE, {}),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_source_runs(name: str, tmp_path: Path) -> None:
+    make, inputs, options = WRITTEN[name]
+    result = halved(make().eval(), inputs, **options)
+    network = network_of(result, tmp_path / "net.py").eval()
+    (output,) = outputs(network, inputs)
+    assert torch.equal(output.nan_to_num(7.0), outputs(result.model, inputs)[0].nan_to_num(7.0))
+
+
+def test_constants_that_are_not_finite_are_written_out(tmp_path: Path) -> None:
+    result = halved(Unbounded().eval(), torch.rand(2, 4))
+    result.to_source(tmp_path / "net.py")
+    space: dict[str, Any] = {"__name__": "generated"}
+    exec((tmp_path / "net.py").read_text(), space)
+    (constant,) = (b for b in space["Unbounded"]().buffers())
+    assert constant.tolist() == [0.0, float("-inf"), 1.0]
+
+
+def test_groups_of_unequal_sizes(tmp_path: Path) -> None:
+    x = torch.rand(2, 3, 4, 4)
+    model = Ragged().eval()
+    randomize(model)
+    gm = trace(model, x)
+    analysis = analyze(gm, normalization="exact")
+    pruned = rewrite(gm, analysis, PruningPlan({"conv": [0, 1, 2, 3, 6, 9, 10]}))
+    norm = pruned.get_submodule("norm")
+    assert norm.num_channels == 7 and norm.num_groups == 4
+    space: dict[str, Any] = {"__name__": "generated"}
+    exec(source_of(pruned), space)
+    network = space["Ragged"]().eval()
+    network.load_state_dict(pruned.state_dict())
+    assert torch.equal(network(x), pruned.eval()(x))
+    assert network.norm.num_groups == 4 and network.norm.group_sizes == norm.group_sizes

@@ -9,9 +9,11 @@ spellings of an operator share one rule.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import getitem
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
@@ -126,9 +128,10 @@ def find_rule(node: fx.Node, gm: fx.GraphModule) -> Rule | None:
     A subclass shares the rule of its nearest registered base as long as it inherits `forward`. A
     module with forward hooks has no rule: they may do anything.
     """
-    if node.op != "call_module":
-        return _REGISTRY.get(node.target)
-    return rule_of_module(submodule(gm, str(node.target)))
+    if node.op == "call_module":
+        return rule_of_module(submodule(gm, str(node.target)))
+    # The target of any other node is a name of the user's, and may be that of a method.
+    return _REGISTRY.get(node.target) if node.op in ("call_function", "call_method") else None
 
 
 def rule_of_module(module: nn.Module) -> Rule | None:
@@ -204,6 +207,22 @@ def setting(node: fx.Node, gm: fx.GraphModule, position: int, name: str, default
 def value_of(argument: Any) -> Any:
     """The example value of an argument: a node's metadata, anything else as it is."""
     return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+
+
+def asks_for_examples(size: Any) -> bool:
+    """Whether a number in a call is computed from the length of a first axis, such as the batch's.
+
+    Args:
+        size: An argument of a call: a node, or anything else.
+    """
+    if not isinstance(size, fx.Node) or isinstance(value_of(size), Tensor):
+        return False
+    source = size.args[0] if size.args else None
+    if size.op == "call_method" and size.target == "size":
+        return bool(argument(size, 1, "dim") == 0)
+    if size.target is getitem and isinstance(value_of(source), torch.Size):
+        return bool(size.args[1] == 0)
+    return any(map(asks_for_examples, size.all_input_nodes))
 
 
 def call_on(node: fx.Node, gm: fx.GraphModule, value: Tensor) -> Any:

@@ -17,6 +17,7 @@ from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Atoms, Block, Label
 from rbpfx.graph.rules.base import (
     Rule,
+    asks_for_examples,
     module_of,
     register,
     set_argument,
@@ -61,6 +62,9 @@ class Convolution(Rule):
         spatial = set(range(dim + 1, label.ndim))
         label = state.collapse(label, spatial, "spatial axis of a convolution")
         label = state.separate(label, {dim})
+        if asks_for_examples(setting(node, state.gm, self.groups, "groups", 1)):
+            # The channels of all examples, one behind the other, whatever led there.
+            label = state.collapse(label, {dim}, f"{node.name!r} has a group for every example")
         through = label.without(dim)
         if self._is_depthwise(node, state.gm):
             inputs = state.axis(label, dim, "input of a depthwise convolution")

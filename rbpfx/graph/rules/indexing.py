@@ -19,6 +19,7 @@ from rbpfx.graph.rules.base import (
     module_of,
     register,
     set_argument,
+    setting,
     shape_of,
     tensor_input,
     value_of,
@@ -253,6 +254,21 @@ class Split(Rule):
         return int(value_of(argument(node, 2, "dim", 0)))
 
 
+class GatedHalves(Rule):
+    """`glu`: one half of an axis times the sigmoid of the other, unit by unit.
+
+    Where a channel goes its gate goes too, so that the halves stay halves.
+    """
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Tie the two halves."""
+        label = state.label(tensor_input(node))
+        dim = int(value_of(setting(node, state.gm, 1, "dim", -1))) % label.ndim
+        half = label.shape[dim] // 2
+        halves = [label.indexed(dim, slice(0, half)), label.indexed(dim, slice(half, None))]
+        return broadcast(state, halves, shape_of(node))
+
+
 class Select(Rule):
     """`select`: one index of an axis, which ends."""
 
@@ -366,6 +382,7 @@ register(SetItem(), operator.setitem)
 register(Select(), torch.select, "select")
 register(Unbind(), torch.unbind, "unbind")
 register(GetItem(), operator.getitem)
+register(GatedHalves(), nn.GLU, F.glu)
 register(Narrow(), torch.narrow, "narrow")
 _SPLITS = "chunk split split_with_sizes tensor_split".split()
 register(Split(), *_SPLITS, *(getattr(torch, name) for name in _SPLITS))

@@ -17,6 +17,7 @@ from rbpfx.graph.provenance import Atoms, Block, Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
+    asks_for_examples,
     call_on,
     register,
     setting,
@@ -141,7 +142,10 @@ class Reshape(Rule):
         if isinstance(value_of(argument(node, 1, "dtype")), torch.dtype):
             state.pin(label, f"view as another dtype ({node.name!r})")
             return unfollowed(node)
-        return reshape(state, label, shape_of(node), f"reshape {node.name!r}")
+        reason = f"reshape {node.name!r}"
+        mixed = _merged_with_examples(node, label, state)
+        label = state.collapse(label, mixed, f"{reason} merges channels with the examples")
+        return reshape(state, label, shape_of(node), reason)
 
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
         """Write the new sizes; leave -1 and sizes of other axes as they are."""
@@ -156,6 +160,33 @@ class Reshape(Rule):
             sizes[dim] = _rescaled(sizes[dim], size, label.shape[dim], twin, state)
         twin.args = (tensor_input(twin), tuple(sizes))
         twin.kwargs = {}
+
+
+def _merged_with_examples(node: fx.Node, label: Label, state: Propagation) -> set[int]:
+    """The followed axes that a reshape merges with the examples into an axis that is no batch axis.
+
+    Such as `x.view(1, n * c, h, w)` for a convolution with one group per example. How many channels
+    there are depends on the batch then, and no multiplier can sit on them. Heads that become
+    examples themselves, on the first axis, are no such case.
+    """
+    shape = shape_of(node)
+    if not shape or not label.shape or label.block(0) is not None:
+        return set()
+    if not state.is_activation(tensor_input(node)):
+        return set()  # a weight
+    # A single example adds nothing to the channels behind it: only what is asked for tells then.
+    single = label.shape[0] == 1
+    runs = [
+        (old, new) for old, new in _runs(label.shape, shape) if 0 in old or (single and 1 in old)
+    ]
+    if shape[0] == 1 and not single:
+        merged = [old for old, _ in runs]
+    else:
+        given = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size")),)
+        sizes: Any = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+        asked = {d for d, size in enumerate(sizes) if d and asks_for_examples(size)}
+        merged = [old for old, new in runs if asked & set(new)]
+    return {d for old in merged for d in old if label.block(d) is not None}
 
 
 def sizes_of(given: Sequence[Any], twin: fx.Node, ndim: int, state: Slicing) -> list[Any]:

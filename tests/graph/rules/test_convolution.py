@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import ops
 
+from rbpfx.methods import insert_noise
+from tests.graph.laws import check_law, compile_random
 from tests.graph.rules.micro import check_operator
 
 
@@ -107,3 +111,59 @@ def test_recurrent_layers_read_their_input(name: str) -> None:
     (group,) = analysis.groups
     assert group.foldable
     assert group.macs_per_unit > 0
+
+
+FOLDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sizes": lambda x: x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]),
+    "sizes by keyword": lambda x: torch.reshape(x, shape=(1, x.size(0) * 8, 4, 4)),
+    "the rest": lambda x: x.reshape(1, -1, 4, 4),
+    "flatten": lambda x: x.flatten(0, 1).unsqueeze(0),
+    "unbatched": lambda x: x.view(-1, *x.shape[2:]),
+}
+
+
+class PerExample(nn.Module):
+    """A convolution whose weight every example modulates, in one call, as in StyleGAN2."""
+
+    def __init__(self, fold: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.style = nn.Conv2d(3, 8, 1), nn.Linear(3, 8)
+        self.weight = nn.Parameter(torch.randn(1, 6, 8, 3, 3))
+        self.head = nn.Conv2d(6, 2, 1)
+        self.fold = fold
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        weight = self.weight * self.style(x.mean((2, 3))).view(n, 1, 8, 1, 1)
+        y = self.fold(self.stem(x).cos())
+        y = F.conv2d(y, weight.view(n * 6, 8, 3, 3), padding=1, groups=n)
+        z: Tensor = self.head(y.view(n, 6, *x.shape[2:]).sin())
+        return z
+
+
+@pytest.mark.parametrize("examples", [1, 4])
+@pytest.mark.parametrize("name", FOLDS)
+def test_channels_that_are_merged_with_examples_stay(name: str, examples: int) -> None:
+    """Else a multiplier on them would fit the example batch alone."""
+    torch.manual_seed(0)
+    model = PerExample(FOLDS[name]).double()
+    x = torch.randn(examples, 3, 4, 4, dtype=torch.float64)
+    compiled = compile_random(model, (x,), 0)
+    assert [(g.name, g.size) for g in compiled.analysis.groups] == [("weight", 6)]
+    reasons = {axis.name: axis.reason for axis in compiled.analysis.frozen}
+    assert re.search("with the examples|for every example", reasons["stem"])
+    noisy = insert_noise(compiled.gm, compiled.analysis)
+    for count in (1, 3, 4):
+        inputs = (torch.randn(count, 3, 4, 4, dtype=torch.float64),)
+        for mode in (True, False):
+            assert noisy.train(mode)(*inputs).shape == model(*inputs).shape
+        check_law(compiled, inputs, train=False)
+
+
+def test_heads_that_become_examples_still_go() -> None:
+    def heads(x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        x = x.view(n, t, 2, 4).transpose(1, 2).reshape(n * 2, t, 4)
+        return torch.bmm(x.softmax(-1), x.mT @ x).view(n, 2, t, 4).transpose(1, 2).flatten(2)
+
+    assert sum(g.size for g in check_operator(heads, 2, shape=(4, 3)).groups) == 2

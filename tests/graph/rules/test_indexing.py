@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from rbpfx.testing import check_rule
 from tests.graph.rules.micro import check_operator
 
 
@@ -83,6 +85,13 @@ WRITES: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     "concatenated zeros": (lambda x: torch.cat([x, torch.zeros_like(x)[:, :3]], 1), 8),
     "full": (lambda x: torch.maximum(x, torch.full(x.size(), 0.1, dtype=x.dtype)), 8),
 }
+GATED: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "module": (nn.GLU(1), 4),
+    "function": (lambda x: F.glu(x, dim=1), 4),
+    "last axis by default": (lambda x: F.glu(x), 8),
+    "channels last": (lambda x: nn.GLU()(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 4),
+    "inside of heads": (lambda x: F.glu(x.unflatten(1, (2, 4)), 2).flatten(1, 2), 2),
+}
 
 
 @pytest.mark.parametrize("name", PICKS)
@@ -97,3 +106,15 @@ def test_law_of_writes(name: str) -> None:
     torch.manual_seed(0)
     operator, units = WRITES[name]
     check_operator(operator, units)
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_law_of_gated_halves(name: str) -> None:
+    torch.manual_seed(0)
+    operator, units = GATED[name]
+    check_operator(operator, units)
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_gated_halves_between_layers(dim: int) -> None:
+    check_rule(nn.GLU(dim), torch.randn(2, 8, 8), dim=dim)

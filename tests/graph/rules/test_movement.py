@@ -60,6 +60,7 @@ OPERATORS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     "gate": (lambda x: torch.mul(*x.unflatten(1, (2, 4)).unbind(1)), 4),
     "second half": (lambda x: x.unflatten(1, (2, 4))[:, 1], 4),
     "select": (lambda x: x.unflatten(1, (4, 2)).select(2, 0), 4),
+    "views of a number": (lambda x: x * x.mean().view(1).reshape(()).view(1, 1), 8),
     "view as": (lambda x: x.flatten(2).view_as(x), 8),
 }
 

@@ -76,6 +76,33 @@ def test_modules_with_hooks_have_no_rule() -> None:
     assert analysis.unknown == {"module": "Conv2d with forward hooks"}
 
 
+class Misleading(nn.Module):
+    """Has a buffer, a parameter, a layer and an argument that are called like methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.5))
+        self.repeat = nn.Parameter(torch.rand(1, 4, 1, 1))
+        self.expand = nn.Conv2d(3, 4, 1)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, chunk: Tensor, view: Tensor) -> Tensor:
+        y: Tensor = self.last(self.expand(chunk - self.mean) * self.repeat + view)
+        return y
+
+
+def test_names_of_methods_are_no_calls_of_them() -> None:
+    model, x = Misleading().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    inputs = (x, torch.ones(1, dtype=torch.float64))
+    gm = trace(model, inputs)
+    named = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
+    assert {str(n.target) for n in named} == {"mean", "repeat", "chunk", "view"}
+    assert all(find_rule(n, gm) is None for n in named)
+    compiled = compile_random(model, inputs, 0)
+    assert [(g.name, g.size) for g in compiled.analysis.groups] == [("expand", 4)]
+    check_law(compiled, inputs, train=True)
+
+
 class Doubled(nn.Module):
     """Every channel twice, side by side."""
 
