@@ -146,7 +146,7 @@ def test_an_automatic_row_takes_its_strength_from_the_ratio(stripes: ImageData) 
         row = run(case, LeNet300100(), stripes, budget)
         assert "failure" not in row, row
         kept.append(row["macs_kept"])
-    assert kept[0] > 0.9 > 0.5 > kept[1]
+    assert kept[0] > 0.7 > 0.5 > kept[1]
 
 
 def test_a_budget_out_of_reach_is_told(stripes: ImageData) -> None:
