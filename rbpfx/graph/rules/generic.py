@@ -71,7 +71,8 @@ class PerChannel(Rule):
         label = state.label(node)
         changed = state.changed_sizes(label)
         dim = self.channel_dim(node, label.ndim, state.source)
-        if dim in changed and self.size is not None and hasattr(module, self.size):
+        # One shared parameter, as of PReLU by default, stays one.
+        if dim in changed and self.size and getattr(module, self.size, None) == label.shape[dim]:
             setattr(module, self.size, changed[dim])
 
 
