@@ -299,7 +299,8 @@ def main() -> None:
                     continue
                 record.add(key, run(task, target, seed))
                 print(key, {k: v for k, v in record.rows[key].items() if k not in key}, flush=True)
-    print(tabulate([_line(record, task) for task in options.tasks], _HEADERS, "github"))
+    lines = [_line(record, task) for task in options.tasks]
+    print(tabulate(lines, _HEADERS, "github", disable_numparse=True))
 
 
 _HEADERS = ("task", "metric", "dense", "auto", "at the cut", "2x", "at the cut")
