@@ -17,6 +17,11 @@ def autocasts(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+def autocasting() -> bool:
+    """Whether autocast is on for any kind of device."""
+    return any(map(autocasts, _KINDS))
+
+
 @contextmanager
 def usual_modes() -> Iterator[None]:
     """Leave inference mode, `torch.no_grad` and autocast meanwhile; also serves as a decorator.
@@ -60,4 +65,4 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-__all__ = ["autocasts", "generators_kept", "seeded", "usual_modes"]
+__all__ = ["autocasting", "autocasts", "generators_kept", "seeded", "usual_modes"]

@@ -20,10 +20,9 @@ from rbpfx.graph.aliasing import storages
 from rbpfx.graph.calls import modifies_in_place, submodule
 from rbpfx.graph.modes import in_mode
 from rbpfx.graph.values import line_of_user_code
-from rbpfx.surroundings import autocasts
+from rbpfx.surroundings import autocasting
 
 _WITHOUT_GRADIENTS = "without_gradients"
-_KINDS = ("cpu", "cuda", "mps", "xpu")
 _PLAIN = (int, float, str, type(None), torch.Size, torch.dtype, torch.device)
 _CALLS = frozenset({"call_function", "call_method", "call_module"})
 
@@ -33,7 +32,7 @@ class Surroundings:
 
     def __init__(self) -> None:
         self._gradients = torch.is_grad_enabled()
-        self._autocast = _autocast()
+        self._autocast = autocasting()
 
     def note(self, node: fx.Node) -> None:
         """Mark a node that is being recorded if the forward has switched gradients off.
@@ -43,7 +42,7 @@ class Surroundings:
         """
         if node.op not in _CALLS:
             return
-        if not self._autocast and _autocast():
+        if not self._autocast and autocasting():
             raise CaptureError(
                 f"the forward switches torch.autocast on (at {line_of_user_code()}), which a graph "
                 "cannot hold. Take it out of the model and train in mixed precision with "
@@ -52,10 +51,6 @@ class Surroundings:
             )
         if self._gradients and not torch.is_grad_enabled():
             node.meta[_WITHOUT_GRADIENTS] = True
-
-
-def _autocast() -> bool:
-    return any(map(autocasts, _KINDS))
 
 
 def detach_regions(graph: fx.Graph, root: nn.Module, mode: FakeTensorMode) -> None:

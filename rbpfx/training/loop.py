@@ -55,14 +55,12 @@ def planned_steps(epochs: float | None, per_epoch: int) -> int:
         epochs: How many; None for `EPOCHS`, of at least `STEPS` each.
         per_epoch: Steps in one pass over the loader.
     """
-    if epochs is None:
-        return round(EPOCHS * default_epoch(per_epoch))
-    return round(epochs * per_epoch)
+    return round((EPOCHS if epochs is None else epochs) * epoch_steps(epochs, per_epoch))
 
 
-def default_epoch(per_epoch: int) -> int:
-    """Steps of an epoch where their number was left to us."""
-    return max(per_epoch, STEPS)
+def epoch_steps(epochs: float | None, per_epoch: int) -> int:
+    """What counts as the steps of an epoch; the arguments are those of `planned_steps`."""
+    return max(per_epoch, STEPS) if epochs is None else per_epoch
 
 
 def frozen_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -100,9 +98,9 @@ def refresh_batchnorm(
         max_batches: How many batches are averaged at most.
         mean: The mean of a tensor over all processes, which see different batches.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     frozen = set(frozen_norms(model))
-    norms = [norm for norm in norms if norm not in frozen]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m not in frozen]
+    norms = [norm for norm in norms if norm.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

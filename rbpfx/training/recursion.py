@@ -25,7 +25,7 @@ from rbpfx.training.budget import BudgetProjection
 from rbpfx.training.decisions import Decisions, own_rule, unit_weights
 from rbpfx.training.engine import Losses, Stepper
 from rbpfx.training.interruption import Interruption
-from rbpfx.training.loop import batches, default_epoch, planned_steps, steps_per_epoch
+from rbpfx.training.loop import batches, epoch_steps, planned_steps, steps_per_epoch
 from rbpfx.training.record import MOMENTS, Curves, GateHistograms, due
 from rbpfx.training.safeguard import Safeguard
 from rbpfx.training.schedule import Evidence, Recursion, Schedule
@@ -166,7 +166,7 @@ class RecursiveTraining:
         self.strategy.require_same("the number of batches in an epoch", per_epoch)
         examples = max(sum(self.strategy.gather(examples_in(loader))), self._evidence_needed)
         self._schedule = Schedule.plan(len(self.gates), steps, settings)
-        epoch = default_epoch(per_epoch) if settings.epochs is None else per_epoch
+        epoch = epoch_steps(settings.epochs, per_epoch)
         patience = max(round(settings.patience * epoch), 1)
         self._evidence = Evidence(patience, settings.tolerance)
         optimizers = self._optimizers()

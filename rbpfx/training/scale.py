@@ -61,7 +61,7 @@ def measure_scale(
     if training.train_step is not None:
         return LossScale(learning_rate=rate)
     with generators_kept(task.device), torch.no_grad():
-        looked_at = list(batches(loader, ceil(EXAMPLES / batch)))
+        looked_at = _batches(loader, batch)
         dense, constant = _losses(model, looked_at, task)
     measured = torch.tensor([dense, constant], dtype=torch.float64, device="cpu")
     dense, constant = strategy.mean(measured).tolist()
@@ -92,9 +92,14 @@ def share_forgotten(
     if not isfinite(scale.dense):
         return None
     with generators_kept(task.device), torch.no_grad():
-        measured = _mean_loss(model, list(batches(loader, ceil(EXAMPLES / batch))), task)
+        measured = _mean_loss(model, _batches(loader, batch), task)
     loss = float(training.spread.mean(torch.tensor(measured, dtype=torch.float64, device="cpu")))
     return max(loss - scale.dense, 0.0) / (scale.learnt * scale.nat) if isfinite(loss) else None
+
+
+def _batches(loader: Loader, batch: int) -> list[Any]:
+    """As many as hold the examples to look at."""
+    return list(batches(loader, ceil(EXAMPLES / batch)))
 
 
 def _losses(model: nn.Module, looked_at: Sequence[Any], task: Task) -> tuple[float, float]:

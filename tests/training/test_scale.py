@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from math import isnan, log, nan
+from collections.abc import Callable
+from math import isnan, log
 
 import pytest
 import torch
@@ -180,6 +181,14 @@ class TestForgotten:
 # -- end to end ----------------------------------------------------------------------------
 
 
+def fit(model: nn.Module, x: Tensor, y: Tensor, loss_fn: Callable[..., Tensor]) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
+
 def pruned(unit: float, **options):  # type: ignore[no-untyped-def]
     """A wide network that has learnt a smooth function, pruned by a loss in another unit."""
     torch.manual_seed(0)
@@ -188,11 +197,7 @@ def pruned(unit: float, **options):  # type: ignore[no-untyped-def]
     model = nn.Sequential(
         nn.Linear(4, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 1)
     )
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(200):
-        optimizer.zero_grad()
-        F.mse_loss(model(x), y).backward()
-        optimizer.step()
+    fit(model, x, y, F.mse_loss)
     batches = list(zip(x.split(32), y.split(32), strict=True))
     return prune(
         model,
@@ -224,11 +229,7 @@ def test_classes_are_never_sold_for_the_price_of_more(count: int) -> None:
     x = torch.randn(512, 6)
     y = x[:, :count].argmax(1) if count < 6 else (x[:, 0] > 0).long() * 5 + (x[:, 1] > 0).long()
     model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, count))
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(200):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+    fit(model, x, y, F.cross_entropy)
     batches = list(zip(x.split(32), y.split(32), strict=True))
     report = prune(model, batches, val_loader=batches, progress=False).report
     assert report.pruned.macs < 0.8 * report.dense.macs
@@ -268,4 +269,4 @@ def mlp() -> nn.Module:
 
 def test_the_default_scale_is_that_of_a_classifier() -> None:
     assert LossScale() == LossScale(1.0, log(10), LEARNING_RATE, LossScale().dense)
-    assert isnan(LossScale(dense=nan).dense)
+    assert isnan(LossScale().dense)
