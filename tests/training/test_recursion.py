@@ -26,9 +26,10 @@ from rbpfx import (
     trace,
 )
 from rbpfx.methods import Phase
+from rbpfx.methods.rbp import RBPGate
 from rbpfx.training.recursion import RecursiveTraining
 from rbpfx.training.schedule import Schedule
-from rbpfx.training.task import Task
+from rbpfx.training.task import TEN_CLASSES, LossScale, Task
 from tests.toy import ShortcutNet, stripes, trained
 
 BATCHES = stripes()
@@ -68,6 +69,31 @@ def recursive(
     noisy = insert_noise(gm, analysis, method)
     selection = Selection(analysis, None if budget is None else Target(macs=budget))
     return RecursiveTraining(noisy, selection, method, task or Task(), Recursion(**settings))
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+@pytest.mark.parametrize("learnt", [0.1, 1.0, 2.0])
+def test_what_the_prior_is_told(
+    budget: float | None, learnt: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit's share of the price, at most of what was learnt; enough examples for every unit."""
+    told: list[tuple[float, int]] = []
+    penalty = RBPGate.penalty
+
+    def note(gate: RBPGate, strength: float, examples: int) -> Tensor:
+        told.append((strength, examples))
+        return penalty(gate, strength, examples)
+
+    monkeypatch.setattr(RBPGate, "penalty", note)
+    task = Task()
+    task.scale = LossScale(learnt=learnt * TEN_CLASSES)
+    training = recursive(FourGroups(), budget, task, epochs=1, strength=3.0)
+    training.run(BATCHES)
+    units = sum(gate.size for gate in training.gates)
+    price = 3.0 * min(learnt, 1) / units if budget is None else 0.0
+    assert sum(len(y) for _, y in BATCHES) < 20 * units
+    assert [strength for strength, _ in told] == pytest.approx([price] * len(told))
+    assert {examples for _, examples in told} == {20 * units}
 
 
 def phases_per_step(training: RecursiveTraining) -> list[list[Phase]]:
