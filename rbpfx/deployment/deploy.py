@@ -204,7 +204,10 @@ def plain_form(model: nn.Module) -> nn.Module:
 
 
 def _without_unused(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph module that holds what the graph names and nothing else, without gradients."""
+    """A graph module that holds what the graph reads and nothing else, without gradients."""
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr" and not node.users:  # became part of a layer
+            gm.graph.erase_node(node)
     result = LazyGraphModule(gm, gm.graph, class_name=type(gm).__name__)
     result.meta.update(gm.meta)
     return result.eval().requires_grad_(False)

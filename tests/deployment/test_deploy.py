@@ -249,6 +249,15 @@ def test_auxiliary_heads_and_their_parameters_go() -> None:
     assert not any(name.startswith("aux") for name in names)
 
 
+def test_weights_that_became_layers_exist_once() -> None:
+    """nn.MultiheadAttention gives its projection as a tensor; the layer made of it has its own."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    for model, x in ((layer, torch.randn(2, 5, 8)), (Scaled(), torch.randn(IMAGE))):
+        plain = check(model, x, packed=False)
+        held = sum(p.numel() for p in (*plain.parameters(), *plain.buffers()))
+        assert held <= sum(p.numel() for p in model.parameters())
+
+
 class Writes(nn.Module):
     """In-place operators that the results depend on, and memory that others read."""
 
