@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map_only
 
 from rbpfx.deployment.constants import fold_constants, make_layers
 from rbpfx.deployment.folding import fold_affine
@@ -23,13 +22,18 @@ from rbpfx.deployment.nodes import module_calls, module_of
 from rbpfx.deployment.packing import PackedLayer, pack, unpack
 from rbpfx.deployment.specialize import specialize
 from rbpfx.errors import InputError, VerificationError
-from rbpfx.graph.capture import ExampleInputs, bind_inputs, evaluating, note_inputs, trace
+from rbpfx.graph.capture import ExampleInputs, evaluating, note_inputs, trace
 from rbpfx.graph.copying import copy_model
-from rbpfx.graph.device import device_of
 from rbpfx.graph.lazy import LazyGraphModule
 from rbpfx.graph.metadata import record_metadata
 from rbpfx.graph.parts import captured_parts
-from rbpfx.graph.verification import TOLERANCE, in_double, largest_difference, verify
+from rbpfx.graph.verification import (
+    TOLERANCE,
+    in_double,
+    inputs_like,
+    largest_difference,
+    verify,
+)
 from rbpfx.surroundings import usual_modes
 
 # Ours: what rounding may do to a deep network in a type, of its largest output.
@@ -263,17 +267,8 @@ def _difference_on_random_inputs(
     Raises:
         InputError: The deployed network does not run.
     """
-    generator = torch.Generator().manual_seed(0)
-    device = device_of(model)
-
-    def draw(value: Tensor) -> Tensor:
-        if value.is_floating_point():
-            drawn = torch.randn(value.shape, generator=generator, device="cpu")
-            value = drawn.to(value.dtype)
-        return value.to(device)
-
-    inputs = tree_map_only(Tensor, draw, bind_inputs(model, example_inputs))
     with evaluating(model), torch.no_grad():
+        inputs = inputs_like(model, example_inputs)
         try:
             return largest_difference(model, network, lambda m: m(**inputs))
         except (RuntimeError, TypeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.device import device_of
 from rbpfx.graph.groups import Analysis, ChannelGroup
+from rbpfx.graph.metadata import follow_examples
 from rbpfx.graph.operands import Read
 from rbpfx.graph.parts import captured_parts
 from rbpfx.graph.products import multiply
@@ -144,6 +146,7 @@ class _Inserter:
         analysis: Analysis,
         gates: Mapping[ChannelGroup, nn.Module],
     ) -> None:
+        self.analysed = analysed
         self.gm = gm
         self.graph = gm.graph
         self.analysis = analysis
@@ -180,14 +183,20 @@ class _Inserter:
 
     def _sampling_node(self, group: ChannelGroup, target: str) -> fx.Node:
         """Call the gate as soon as the inputs of the model are there."""
-        per_example = bool(self.tensors) and all(
-            read.dim > 0 and shape_of(read.source)[0] == shape_of(self.tensors[0])[0]
-            for read in group.reads
+        per_example = (
+            not isinstance(self.gates[group], ConstantGate)
+            and bool(self.tensors)
+            and all(read.dim > 0 and read.source in self.by_example for read in group.reads)
         )
         with self.graph.inserting_after(self.last):
             reference = self.tensors[0] if per_example else None
             self.last = self.graph.call_module(target, (reference,))
         return self.last
+
+    @cached_property
+    def by_example(self) -> frozenset[fx.Node]:
+        """The values with one entry for every example on axis 0."""
+        return follow_examples(self.analysed)
 
     def _multiply(self, read: Read) -> None:
         if (read.node, read.source, read.dim) in self.done:

@@ -68,6 +68,52 @@ def record_metadata(gm: fx.GraphModule, values: list[Any] | None = None) -> None
             ) from error
 
 
+def follow_examples(gm: fx.GraphModule) -> frozenset[fx.Node]:
+    """The nodes whose axis 0 has one entry for every example of the batch.
+
+    A size alone does not tell: eight tokens look like eight examples. So the graph is asked for
+    the sizes of a batch with one example more; its metadata stay as they are.
+
+    Args:
+        gm: A graph with metadata. The first axis of its first tensor holds the examples.
+
+    Returns:
+        The nodes; none if the graph takes no other batch.
+    """
+    before = {node: node.meta["val"] for node in gm.graph.nodes}
+    given = [before[node] for node in gm.graph.nodes if node.op == "placeholder"]
+    examples = next(filter(None, map(_length, given)), 0)
+    try:
+        record_metadata(gm, [_with_another(value, examples) for value in given])
+        after = {node: node.meta["val"] for node in gm.graph.nodes}
+    except InputError:
+        return frozenset()
+    finally:
+        for node, value in before.items():
+            node.meta["val"] = value
+    return frozenset(
+        node
+        for node in before
+        if _length(before[node]) == examples and _length(after[node]) == examples + 1
+    )
+
+
+def _with_another(value: Any, examples: int) -> Any:
+    """A nest of fake tensors for a batch with one example more."""
+
+    def longer(leaf: Any) -> Any:
+        return (
+            leaf.new_empty((examples + 1, *leaf.shape[1:])) if _length(leaf) == examples else leaf
+        )
+
+    return tree_map(longer, value)
+
+
+def _length(value: Any) -> int | None:
+    """The size of axis 0 of a tensor that has one."""
+    return int(value.shape[0]) if isinstance(value, Tensor) and value.ndim else None
+
+
 def compute(node: fx.Node, root: nn.Module, mode: FakeTensorMode) -> Any:
     """The value of a node in eval mode from the values of its inputs."""
     args = map_arg(node.args, lambda n: n.meta["val"])

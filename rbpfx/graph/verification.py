@@ -48,6 +48,8 @@ def verify(
             mode, since dropout draws different masks for tensors of different sizes.
         seed: Seed of the inputs that are drawn.
 
+    Inputs are normal numbers, or near the examples if the reference is not finite there.
+
     Returns:
         max |masked - pruned| over all outputs, divided by the largest output magnitude; float64.
         If the model runs code of its own over captured parts (a detector, which sorts and
@@ -58,16 +60,57 @@ def verify(
     Raises:
         InputError: `example_inputs` do not fit the forward of `masked`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    inputs = {
-        name: tree_map(lambda v: _draw_like(v, generator), value)
-        for name, value in bind_inputs(masked, example_inputs).items()
-    }
-    device = device_of(masked)
-    inputs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
     masked, pruned = _prepared(masked, train), _prepared(pruned, train)
     with torch.no_grad(), _InDouble():
+        inputs = inputs_like(masked, example_inputs, torch.float64, seed)
         return largest_difference(masked, pruned, lambda network: network(**inputs))
+
+
+def inputs_like(
+    network: nn.Module,
+    example_inputs: ExampleInputs,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Inputs drawn afresh on which a network's outputs are finite, if there are any.
+
+    Normal numbers; for a network that starts with a logarithm or a root, the examples pulled
+    towards zero by up to a hundredth each (ours), or the examples themselves.
+
+    Args:
+        network: What the inputs are for; it is run in the mode that it is in.
+        example_inputs: Inputs whose shapes, dtypes and (for integers) range are imitated.
+        dtype: The type of floating-point inputs; that of the examples by default.
+        seed: Seed of the draws.
+
+    Returns:
+        Arguments of the network's forward by name, on its device.
+
+    Raises:
+        InputError: `example_inputs` do not fit the forward of the network.
+    """
+    bound, device = bind_inputs(network, example_inputs), device_of(network)
+
+    def candidate(draw: Callable[[Tensor, torch.Generator], Tensor]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def convert(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            drawn = draw(value.detach().cpu(), generator)
+            floating = (dtype or value.dtype) if value.is_floating_point() else value.dtype
+            return drawn.to(device, floating)
+
+        return {name: tree_map(convert, value) for name, value in bound.items()}
+
+    first = candidate(_draw_like)
+    if _is_finite(network(**first)):
+        return first
+    for draw in (_pull_to_zero, lambda value, _: value):
+        inputs = candidate(draw)
+        if _is_finite(network(**inputs)):
+            return inputs
+    return first
 
 
 def require_equal(
@@ -233,9 +276,7 @@ def _finest(value: Any) -> Any:
     return torch.float64 if is_coarse else value
 
 
-def _draw_like(value: Any, generator: torch.Generator) -> Any:
-    if not isinstance(value, Tensor):
-        return value
+def _draw_like(value: Tensor, generator: torch.Generator) -> Tensor:
     if value.is_floating_point():
         return torch.randn(value.shape, dtype=torch.float64, generator=generator, device="cpu")
     if value.dtype == torch.bool or value.numel() == 0:
@@ -245,4 +286,15 @@ def _draw_like(value: Any, generator: torch.Generator) -> Any:
     return torch.randint(low, high + 1, value.shape, **options)
 
 
-__all__ = ["TOLERANCE", "difference", "require_equal", "verify"]
+def _pull_to_zero(value: Tensor, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    drawn = torch.rand(value.shape, dtype=torch.float64, generator=generator, device="cpu")
+    return value.double() * (1 - drawn / 100)
+
+
+def _is_finite(result: Any) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in _tensors(result))
+
+
+__all__ = ["TOLERANCE", "difference", "inputs_like", "require_equal", "verify"]

@@ -66,7 +66,10 @@ def test_all_reads_share_one_draw_per_example() -> None:
     assert gate.calls == 2 and gate.drawn.shape == (2, 4)
 
 
-def test_one_draw_per_call_where_axis_0_holds_no_examples() -> None:
+@pytest.mark.parametrize("length", [5, 3])
+def test_one_draw_per_call_where_axis_0_holds_no_examples(length: int) -> None:
+    """As many steps as examples must not be taken for examples."""
+
     class TimeFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -77,10 +80,12 @@ def test_one_draw_per_call_where_axis_0_holds_no_examples() -> None:
             y: Tensor = self.b(self.a(x).transpose(0, 1))
             return y
 
-    gm = trace(TimeFirst().double(), torch.zeros(3, 5, 3))
+    gm = trace(TimeFirst().double(), torch.zeros(3, length, 3))
+    before = [node.meta["val"] for node in gm.graph.nodes]
     gate = RandomGate(4)
     gated = insert_gates(gm, analyze(gm), {"a": gate})
-    gated(torch.randn(3, 5, 3, dtype=torch.float64))
+    assert all(n.meta["val"] is v for n, v in zip(gm.graph.nodes, before, strict=True))
+    gated(torch.randn(2, length, 3, dtype=torch.float64))
     assert gate.references == [None] and gate.drawn.shape == (1, 4)
 
 

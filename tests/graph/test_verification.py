@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rbpfx.deployment.deploy import deploy
 from rbpfx.errors import VerificationError
 from rbpfx.graph import verification
 from rbpfx.graph.capture import trace
@@ -88,6 +89,32 @@ def test_integers_and_booleans_are_imitated() -> None:
     model = Classes()
     assert verify(model, model, (tokens, mask)) == 0.0
     assert verify(model, model, {"tokens": tokens, "mask": mask}) == 0.0
+
+
+@pytest.mark.parametrize("first", [torch.log, torch.sqrt, torch.logit], ids=lambda f: f.__name__)
+def test_inputs_of_a_restricted_domain(first: Callable[[Tensor], Tensor]) -> None:
+    """Where normal numbers have no logarithm, numbers like the examples are compared."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(first(x)).relu())
+            return y
+
+    x = torch.rand(5, 3).clamp(0.01, 0.99)
+    gm = trace(Net(), x)
+    analysis, plan = analyze(gm), PruningPlan({"a": [1, 2]})
+    masked, pruned = apply_mask(gm, analysis, plan), rewrite(gm, analysis, plan)
+    assert require_equal(masked, pruned, x) < 1e-13
+    deploy(pruned, x)
+    with torch.no_grad():
+        pruned.b.bias += 0.1
+    assert verify(masked, pruned, x) > 1e-3
+    drawn = verification.inputs_like(gm, x)["x"]
+    assert not torch.equal(drawn, x) and (x - drawn).abs().max() <= 0.01
 
 
 def test_differences() -> None:
