@@ -9,6 +9,7 @@ node has the value of the example inputs in `node.meta["val"]` (fake tensors, no
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import traceback
@@ -360,7 +361,7 @@ def _explained(error: Exception, failed_in: Any, root: nn.Module) -> CaptureErro
 
 def _user_line(error: BaseException) -> str:
     """' at file:line `code`' of the deepest frame outside torch and this package, or ''."""
-    own = (str(Path(__file__).parent), torch.__path__[0])
+    own = (str(Path(__file__).parent), torch.__path__[0], contextlib.__file__)
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if not frame.filename.startswith(own)]
     if not users:

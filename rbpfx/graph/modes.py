@@ -87,7 +87,9 @@ class _Merger:
         self.root = root
         self.twin: dict[fx.Node, fx.Node] = {}
         self.flag: fx.Node | None = None
-        self.trained = {s for node in train.nodes for s in storages(node)}
+        held = {s for graph in (train, evaluate) for n in graph.nodes for s in _held(n)}
+        self.trained = held | {s for node in train.nodes for s in storages(node)}
+        self.evaluated = held | {s for node in evaluate.nodes for s in storages(node)}
         self.place = {node: place for place, node in enumerate(train.nodes)}
         self.last = next(iter(train.nodes))
         self.waiting: dict[Any, list[fx.Node]] = defaultdict(list)
@@ -102,10 +104,9 @@ class _Merger:
                 twin = self.twin[node] = self._find(node) or self._copy(node)
                 if self.place[twin] >= self.place[self.last]:
                     self.last = twin
-        evaluated = {s for node in self.evaluate.nodes for s in storages(node)}
         for node in [n for candidates in self.waiting.values() for n in candidates]:
             if node.op != "output":
-                self._confine(node, node, True, evaluated)
+                self._confine(node, node, True, self.evaluated)
         return self.graph
 
     def _find(self, node: fx.Node) -> fx.Node | None:
@@ -178,7 +179,7 @@ class _Merger:
             node: A node of the merged graph.
             original: The node of the trace it comes from.
             training: The mode it belongs to.
-            others: The memory that the other mode uses.
+            others: The memory that the other mode uses, and that of parameters and buffers.
 
         Returns:
             The node that stands for it.
@@ -245,6 +246,11 @@ class _Merger:
             with self.graph.inserting_before(first):
                 self.flag = mode_flag(self.graph, self.root)
         return self.flag
+
+
+def _held(node: fx.Node) -> set[int]:
+    """The memory of a parameter, buffer or constant, which outlives the call."""
+    return set(storages(node)) if node.op == "get_attr" else set()
 
 
 def mode_flag(graph: fx.Graph, root: nn.Module) -> fx.Node:

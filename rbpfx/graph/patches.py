@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import _symbolic_trace
 
+from rbpfx.graph.aliasing import storages
 from rbpfx.graph.values import Untraceable, ValueProxy
 
 if TYPE_CHECKING:
@@ -67,6 +69,31 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
             constants = {k: v for k, v in state.items() if k.startswith(CONSTANT)}
             state.clear()
             state.update(attributes, **constants)
+
+
+@contextmanager
+def replaced_state_refused(mode: FakeTensorMode, *modules: nn.Module) -> Iterator[None]:
+    """Make `self.mean = 0.9 * self.mean + ...` of a buffer an error: a graph cannot replace it.
+
+    A buffer that is moved to where it is already stays what it is.
+
+    Args:
+        mode: The mode of the fake tensors.
+        modules: Whose parameters and buffers are watched.
+    """
+    before = [{**module._parameters, **module._buffers} for module in modules]
+    yield
+    for module, state in zip(modules, before, strict=True):
+        after = {**module._parameters, **module._buffers}
+        for name, tensor in state.items():
+            new: Any = after.get(name)
+            if tensor is None or type(new) is not ValueProxy:
+                continue
+            if storages(new.node) != [mode.from_tensor(tensor).untyped_storage()._cdata]:
+                raise Untraceable(
+                    f"it replaces its buffer {name!r}, which a graph cannot do; write into it: "
+                    f"self.{name}.copy_(...)"
+                )
 
 
 @contextmanager

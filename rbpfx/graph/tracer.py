@@ -31,12 +31,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.decompositions import DECOMPOSITIONS
+from rbpfx.graph.draws import RecordedDraws, certain, is_draw, other_draws_refused
 from rbpfx.graph.lazy import forget_marked
 from rbpfx.graph.metadata import compute
 from rbpfx.graph.patches import (
     attributes_kept,
     custom_autograd_functions_refused,
     marked_functions_opened,
+    replaced_state_refused,
     training_flags_watched,
 )
 from rbpfx.graph.regions import Surroundings
@@ -93,7 +95,7 @@ class GraphTracer(fx.Tracer):
         self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None
     ) -> fx.Graph:
         """Trace a module; nothing stays patched, whether it succeeds or fails."""
-        with _LOCK:
+        with _LOCK, RecordedDraws(self, self.is_passing):
             forget_marked()
             graph = super().trace(root, concrete_args)
         for node in graph.nodes:
@@ -102,6 +104,10 @@ class GraphTracer(fx.Tracer):
                 # only; this tracer wraps it in any case.
                 node.meta.pop("is_wrapped", None)
         return graph
+
+    def is_passing(self) -> bool:
+        """Whether a call is none of the traced code's."""
+        return False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A proxy that knows in-place operators."""
@@ -177,7 +183,8 @@ class ValueTracer(GraphTracer):
         def call(root: nn.Module, *values: Any) -> Any:
             given = dict(zip(self.supplied, values, strict=True))
             first = [given.pop(name) for name in positional]
-            return root_fn(root, *first, **given)
+            with other_draws_refused(), replaced_state_refused(self.mode, *root.modules()):
+                return root_fn(root, *first, **given)
 
         return call, [self.root, *placeholders]
 
@@ -209,7 +216,7 @@ class ValueTracer(GraphTracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Trace into `m`, remembering the innermost module in which tracing fails."""
-        if self._is_passing():
+        if self.is_passing():
             return forward(*args, **kwargs)
         if m not in (self.submodule_paths or {}) and not any(True for _ in m.parameters()):
             return forward(*args, **kwargs)  # made by the forward that calls it
@@ -218,7 +225,8 @@ class ValueTracer(GraphTracer):
         if decomposition is not None:
             forward = partial(decomposition, m)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            with other_draws_refused(), replaced_state_refused(self.mode, m):
+                return super().call_module(m, forward, args, kwargs)
         except Exception:
             if self.failed_in is None:
                 self.failed_in = name
@@ -226,15 +234,15 @@ class ValueTracer(GraphTracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers become nodes."""
-        if self._is_passing() or not isinstance(attr_val, Tensor):
+        if self.is_passing() or not isinstance(attr_val, Tensor):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def _note_mode(self) -> None:
-        if not self._is_passing():
+        if not self.is_passing():
             self.depends_on_mode = True
 
-    def _is_passing(self) -> bool:
+    def is_passing(self) -> bool:
         """Whether a call is none of the traced model's: ours for a value, or another thread's."""
         return self._values.computing or threading.get_ident() != self._thread
 
@@ -304,6 +312,10 @@ class ValueTracer(GraphTracer):
         """The example's truth."""
         return ValueProxy.__bool__(obj)  # type: ignore[arg-type]
 
+    def certainty(self, node: fx.Node) -> bool | None:
+        """The truth of a comparison that every draw answers alike."""
+        return certain(node)
+
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """The example's elements."""
         return ValueProxy.__iter__(obj)  # type: ignore[arg-type]
@@ -366,11 +378,12 @@ def _positional(signature: inspect.Signature, names: list[str]) -> list[str]:
 
 
 def _drop_unused_numbers(graph: fx.Graph) -> None:
-    """Remove what only Python asked for: sizes and other numbers that no node uses."""
+    """Remove what only Python asked for: sizes, other numbers and draws that no node uses."""
     numbers = (int, float, str, torch.Size, torch.dtype, torch.device)
     for node in reversed(list(graph.nodes)):
         is_call = node.op in ("call_function", "call_method")
-        if is_call and not node.users and isinstance(node.meta["val"], numbers):
+        is_asked = isinstance(node.meta["val"], numbers) or is_draw(node)
+        if is_call and not node.users and (is_asked or certain(node) is not None):
             graph.erase_node(node)
 
 

@@ -104,6 +104,9 @@ class ValueProxy(GraphProxy):
         return kind if issubclass(kind, _IMITATED) and kind is not bool else ValueProxy
 
     def __bool__(self) -> bool:
+        certain = self.tracer.certainty(self.node)
+        if certain is not None:
+            return bool(certain)
         value = self._known("the truth of")
         if isinstance(value, bool):
             return bool(self.tracer.guard(self, value))
@@ -147,6 +150,11 @@ class ValueProxy(GraphProxy):
         if isinstance(value_behind(self), dict):
             return item in value_behind(self)
         return any(bool(element == item) for element in self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "grad"):
+            raise Untraceable(f"it assigns to .{name} of a tensor; write into it: .copy_(...)")
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         value = value_behind(self)

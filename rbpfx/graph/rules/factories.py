@@ -1,7 +1,8 @@
 """Tensors that the model makes up: constants of a given size take part in slicing.
 
-Every index of a constant is as good as any other, so each axis is followed as that of a parameter
-would be; `x.new_zeros(n, c)` then shrinks with the channels that it meets.
+Every index of a constant, or of independent draws, is as good as any other, so each axis is
+followed as that of a parameter would be; `x.new_zeros(n, c)` then shrinks with the channels that it
+meets.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rbpfx.graph.slicing import Slicing
 
 
 class Constant(Rule):
-    """zeros, ones, full, empty: one value everywhere.
+    """zeros, ones, full, empty, rand, randn: the same everywhere.
 
     Args:
         has_value: Whether the value follows the size.
@@ -56,7 +57,7 @@ class Constant(Rule):
         twin.kwargs = {name: value for name, value in twin.kwargs.items() if name != "size"}
 
 
-for _name in ("zeros", "ones", "empty", "full"):
+for _name in ("zeros", "ones", "empty", "full", "rand", "randn"):
     _rule = Constant(has_value=_name == "full")
     register(_rule, getattr(torch, _name))
     if hasattr(Tensor, f"new_{_name}"):
