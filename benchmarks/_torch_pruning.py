@@ -36,7 +36,7 @@ from torchvision.models import resnet
 
 from benchmarks._models import BasicBlock, ZeroPaddedShortcut
 from rbpfx import count_macs, trace
-from rbpfx.training.loop import batches, steps_per_epoch
+from rbpfx.training.loop import batches
 from rbpfx.training.task import Loader, Task
 
 BISECTIONS = 14
@@ -137,7 +137,7 @@ def learn_sparsity(
     model = copy.deepcopy(model)
     pruner = _pruner(model, _example(loader, task), 1.0, settings)
     pruner.update_regularizer()
-    steps = round(epochs * steps_per_epoch(loader))
+    steps = round(epochs * task.batches_in(loader))
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(weights, lr, momentum=0.9, nesterov=True)
     schedule = MultiStepLR(optimizer, [round(0.6 * steps), round(0.8 * steps)])

@@ -107,7 +107,7 @@ def finetune(
             by lower learning rates; `model` is back at its last good state.
     """
     training = training or Training()
-    per_epoch = steps_per_epoch(loader, training.accumulate)
+    per_epoch = steps_per_epoch(task, loader, training.accumulate)
     steps = planned_steps(settings.epochs, per_epoch)
     if steps == 0 or not any(p.requires_grad for p in model.parameters()):
         return ""

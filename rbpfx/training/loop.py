@@ -34,18 +34,15 @@ def batches(loader: Loader, count: int) -> Iterator[Any]:
         yield batch
 
 
-def steps_per_epoch(loader: Loader, accumulate: int = 1) -> int:
+def steps_per_epoch(task: Task, loader: Loader, accumulate: int = 1) -> int:
     """Number of optimiser steps in one pass.
 
     Args:
+        task: Knows how many batches there are.
         loader: Training batches.
         accumulate: Batches per step; an epoch may end with a step of fewer.
     """
-    try:
-        length = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        length = sum(1 for _ in loader)
-    return -(-length // accumulate)
+    return -(-task.batches_in(loader) // accumulate)
 
 
 def planned_steps(epochs: float | None, per_epoch: int) -> int:
@@ -110,7 +107,7 @@ def refresh_batchnorm(
             norm.momentum = None
             norm.train()
         try:
-            for batch in batches(loader, min(max_batches, steps_per_epoch(loader))):
+            for batch in batches(loader, min(max_batches, task.batches_in(loader))):
                 task.loss(model, batch)
             for norm in norms:
                 for statistic in (norm.running_mean, norm.running_var):

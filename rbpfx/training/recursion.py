@@ -30,7 +30,7 @@ from rbpfx.training.record import MOMENTS, Curves, GateHistograms, due
 from rbpfx.training.safeguard import Safeguard
 from rbpfx.training.schedule import Evidence, Recursion, Schedule
 from rbpfx.training.settings import Training
-from rbpfx.training.task import TEN_CLASSES, Loader, Task, examples_in
+from rbpfx.training.task import TEN_CLASSES, Loader, Task
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +161,11 @@ class RecursiveTraining:
                 saved by lower learning rates; `noisy` is back at its last good state.
         """
         settings = self.settings
-        per_epoch = steps_per_epoch(loader, self.training.accumulate)
+        per_epoch = steps_per_epoch(self.task, loader, self.training.accumulate)
         steps = max(planned_steps(settings.epochs, per_epoch), len(self.gates))
         self.strategy.require_same("the number of batches in an epoch", per_epoch)
-        examples = max(sum(self.strategy.gather(examples_in(loader))), self._evidence_needed)
+        counts = self.strategy.gather(self.task.examples_in(loader))
+        examples = max(sum(counts), self._evidence_needed)
         self._schedule = Schedule.plan(len(self.gates), steps, settings)
         epoch = epoch_steps(settings.epochs, per_epoch)
         patience = max(round(settings.patience * epoch), 1)
@@ -219,7 +220,7 @@ class RecursiveTraining:
         """
         if self.method.observes:
             with evaluating(self.noisy), torch.enable_grad():
-                for batch in batches(loader, min(max_batches, steps_per_epoch(loader))):
+                for batch in batches(loader, min(max_batches, self.task.batches_in(loader))):
                     self.task.loss(self.noisy, batch).backward()
             self.noisy.zero_grad(set_to_none=True)
         self.decisions.harden_all()

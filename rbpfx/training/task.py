@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader
 
 from rbpfx.errors import InputError
 from rbpfx.graph.capture import ExampleInputs, call_with, evaluating
@@ -73,6 +74,7 @@ class Task:
         self.forward = forward
         self.device = torch.device(device)
         self.scale = LossScale()
+        self._counts: dict[int, tuple[Loader, int, int]] = {}  # id -> the loader, what it has
 
     @property
     def is_classification(self) -> bool:
@@ -123,6 +125,24 @@ class Task:
             inputs: ExampleInputs = split_pair(batch)[0]
             return inputs
         return _recorded_call(model, lambda: self.forward(model, batch))  # type: ignore[misc]
+
+    def batches_in(self, loader: Loader) -> int:
+        """How many batches a loader yields; one that does not say is gone through once."""
+        try:
+            return len(loader)  # type: ignore[arg-type]
+        except TypeError:
+            return self._counted(loader)[1]
+
+    def examples_in(self, loader: Loader) -> int:
+        """How many examples a loader yields in this process; a count where it does not say."""
+        told = _examples_told(loader)
+        return self._counted(loader)[2] if told is None else told
+
+    def _counted(self, loader: Loader) -> tuple[Loader, int, int]:
+        if id(loader) not in self._counts:
+            examples = [count_examples(batch) for batch in loader]
+            self._counts[id(loader)] = loader, len(examples), sum(examples)
+        return self._counts[id(loader)]
 
     def accuracy(self, model: nn.Module, loader: Loader) -> float:
         """Top-1 accuracy in eval mode, in [0, 1]; over pixels if there is a target for each.
@@ -256,18 +276,20 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def examples_in(loader: Loader) -> int:
-    """How many training examples a loader has, in this process.
+def _examples_told(loader: Loader) -> int | None:
+    """How many examples a loader says that a pass has, in this process; None if it does not say.
 
-    The size of its data set, or of its share of it, if it tells; else a count of one pass.
+    A sampler may draw some of the data set only, or some of it twice.
     """
-    dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
-    if hasattr(sampler, "num_replicas") and isinstance(sampler, Sized):
-        return len(sampler)
-    if isinstance(dataset, Sized):
-        shards = getattr(getattr(loader, "batch_sampler", None), "num_processes", 1)
-        return -(-len(dataset) // shards)
-    return sum(count_examples(batch) for batch in loader)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    shards = getattr(batch_sampler, "num_processes", 1)
+    batch_sampler = getattr(batch_sampler, "batch_sampler", batch_sampler)
+    source = getattr(batch_sampler, "sampler", None)
+    if not isinstance(loader, DataLoader):
+        source = getattr(loader, "sampler", getattr(loader, "dataset", None))
+    elif not isinstance(batch_sampler, BatchSampler):
+        source = None  # batches of the user's own
+    return -(-len(source) // shards) if isinstance(source, Sized) else None
 
 
 def _is_tuple(output: Any) -> bool:

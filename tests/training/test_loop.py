@@ -31,7 +31,7 @@ class TestBatches:
     def test_go_round(self, loader: object) -> None:
         assert [int(b) for b in batches(loader, 7)] == [0, 1, 2, 0, 1, 2, 0]
         assert list(batches(loader, 0)) == []
-        assert steps_per_epoch(loader) == 3
+        assert steps_per_epoch(Task(), loader) == 3
 
     def test_an_empty_loader(self) -> None:
         with pytest.raises(InputError, match="yields no batch"):
@@ -55,7 +55,7 @@ class TestBatches:
 
 
 def test_steps_without_a_length() -> None:
-    assert [steps_per_epoch(Countless(), size) for size in (1, 2, 3, 4)] == [3, 2, 1, 1]
+    assert [steps_per_epoch(Task(), Countless(), size) for size in (1, 2, 3, 4)] == [3, 2, 1, 1]
 
 
 def test_modes_are_kept_when_something_fails() -> None:

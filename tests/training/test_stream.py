@@ -19,6 +19,7 @@ from rbpfx.checkpoints import random_state, set_random_state
 from rbpfx.checkpoints.encoding import decode, encode
 from rbpfx.training.loop import steps_per_epoch
 from rbpfx.training.stream import Stream
+from rbpfx.training.task import Task
 
 DATA = TensorDataset(torch.arange(22.0))
 
@@ -53,7 +54,7 @@ class TestGroups:
     @pytest.mark.parametrize("size", [1, 2, 3, 9])
     def test_an_epoch_loses_no_batch_and_is_not_crossed(self, length: int, size: int) -> None:
         loader = list(range(length))
-        steps = steps_per_epoch(loader, size)
+        steps = steps_per_epoch(Task(), loader, size)
         stream = Stream(loader, size)
         for _ in range(2):
             epoch = [stream.take() for _ in range(steps)]

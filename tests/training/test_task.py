@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from rbpfx import InputError
 from rbpfx.graph.examples import count_examples
@@ -18,7 +25,6 @@ from rbpfx.training.task import (
     Task,
     classification_loss,
     distillation_loss,
-    examples_in,
     main_output,
     require_scalar,
     split_pair,
@@ -220,9 +226,32 @@ class TestBatches:
         assert count_examples((images, [{"labels": torch.zeros(4)}] * 2)) == 2
 
     def test_examples(self) -> None:
-        dataset = TensorDataset(torch.zeros(10, 2))
-        assert examples_in(DataLoader(dataset, 4)) == 10
-        assert examples_in([(torch.zeros(4, 2), 0), (torch.zeros(3, 2), 0)]) == 7
+        count = Task().examples_in
+        data = TensorDataset(torch.zeros(10, 2))
+        assert count(DataLoader(data, 4)) == 10
+        assert count([(torch.zeros(4, 2), 0), (torch.zeros(3, 2), 0)]) == 7
+        some = SubsetRandomSampler([1, 5, 7])
+        assert count(DataLoader(data, 2, sampler=some)) == 3
+        assert count(DataLoader(data, 2, sampler=WeightedRandomSampler([1.0] * 10, 20))) == 20
+        assert count(DataLoader(data, batch_sampler=BatchSampler(some, 2, False))) == 3
+        assert count(DataLoader(data, batch_sampler=[[0, 1], [2]])) == 3
+        assert count(DataLoader([torch.zeros(4, 2), torch.zeros(5, 2)], batch_size=None)) == 9
+
+    def test_a_loader_that_does_not_say_is_gone_through_once(self) -> None:
+        passes = []
+
+        class Silent:
+            def __iter__(self) -> Iterator[Tensor]:
+                passes.append(1)
+                return iter([torch.zeros(4, 2), torch.zeros(3, 2)])
+
+        task, loader = Task(), Silent()
+        assert [task.batches_in(loader), task.examples_in(loader), task.batches_in(loader)] == [
+            2,
+            7,
+            2,
+        ]
+        assert len(passes) == 1
 
     def test_moved_batches_keep_their_form(self) -> None:
         batch = {"a": Pair(torch.zeros(2), [torch.ones(1), "text"]), "b": (1, None)}
