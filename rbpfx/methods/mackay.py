@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rbpfx.errors import RbpfxError
 from rbpfx.graph.groups import ChannelGroup
 from rbpfx.methods.base import Method, NoiseGate, Phase
 from rbpfx.methods.log_normal import hold
@@ -175,11 +176,21 @@ class MacKay(Method):
     Attributes:
         initial_log_std: log s at the start, in [-10, 0]; the value is ours.
         strength: Weight of the divergence in the evidence lower bound; 1 is the bound itself.
+
+    Raises:
+        RbpfxError: `initial_log_std` lies outside of its interval.
     """
 
     initial_log_std: float = -3.0
     name = "mackay"
     strength = 1.0
+
+    def __post_init__(self) -> None:
+        if not LOG_LOW <= self.initial_log_std <= LOG_HIGH:
+            raise RbpfxError(
+                f"MacKay(initial_log_std={self.initial_log_std}) must lie in "
+                f"[{LOG_LOW:g}, {LOG_HIGH:g}]"
+            )
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Gaussian noise for the units of a group."""
