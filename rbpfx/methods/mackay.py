@@ -103,7 +103,7 @@ class MacKayGate(NoiseGate):
 
     precision: Tensor
 
-    def __init__(self, size: int, foldable: bool = True, initial_log_std: float = -3.0) -> None:
+    def __init__(self, size: int, foldable: bool = True, *, initial_log_std: float) -> None:
         super().__init__(size, foldable)
         self.log_mean = nn.Parameter(torch.zeros(size))
         self.log_std = nn.Parameter(torch.full((size,), initial_log_std))
@@ -194,4 +194,4 @@ class MacKay(Method):
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Gaussian noise for the units of a group."""
-        return MacKayGate(group.size, group.foldable, self.initial_log_std)
+        return MacKayGate(group.size, group.foldable, initial_log_std=self.initial_log_std)

@@ -33,11 +33,7 @@ class SBPGate(NoiseGate):
     """
 
     def __init__(
-        self,
-        size: int,
-        foldable: bool = True,
-        initial_log_sigma: float = -5.0,
-        threshold: float = 1.0,
+        self, size: int, foldable: bool = True, *, initial_log_sigma: float, threshold: float
     ) -> None:
         super().__init__(size, foldable)
         self.threshold = threshold
@@ -124,4 +120,9 @@ class SBP(Method):
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Truncated log-normal noise for the units of a group."""
-        return SBPGate(group.size, group.foldable, self.initial_log_sigma, self.threshold)
+        return SBPGate(
+            group.size,
+            group.foldable,
+            initial_log_sigma=self.initial_log_sigma,
+            threshold=self.threshold,
+        )
