@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rbpfx.bars import stages, steps
 from rbpfx.checkpoints import Checkpoints
 from rbpfx.checkpoints.encoding import encode
-from rbpfx.circumstances import environment, in_words
+from rbpfx.circumstances import environment
 from rbpfx.errors import DivergenceError, InputError, TargetError
 from rbpfx.graph.capture import ExampleInputs
 from rbpfx.graph.cost import count_macs, count_parameters
@@ -42,6 +42,7 @@ from rbpfx.training.recursion import Progress
 from rbpfx.training.scale import share_forgotten
 from rbpfx.training.settings import Training
 from rbpfx.training.task import Loader, Task
+from rbpfx.wording import in_words
 
 logger = logging.getLogger(__name__)
 

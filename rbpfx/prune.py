@@ -16,7 +16,6 @@ from torch import nn
 from rbpfx.arguments import as_number, check_arguments, known_leaves, usable_device
 from rbpfx.bars import stages
 from rbpfx.checkpoints import Checkpoints, Store, fingerprint
-from rbpfx.circumstances import in_words
 from rbpfx.emission import Emission
 from rbpfx.errors import (
     DivergenceError,
@@ -50,6 +49,7 @@ from rbpfx.training.schedule import Recursion
 from rbpfx.training.settings import Training
 from rbpfx.training.strategy import Strategy
 from rbpfx.training.task import ForwardHook, Loader, LossFunction, Task
+from rbpfx.wording import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,12 @@ def prune(
 
     identity = {"method": in_words(method), "processes": str(strategy.processes), **words}
     if checkpoint_dir is not None:
-        identity["model"] = fingerprint(model)
+        identity |= {
+            "model": fingerprint(model),
+            "leaf_modules": in_words(leaf_modules),
+            "loss_fn": in_words(loss_fn),
+            "forward": in_words(forward),
+        }
     with (
         _saved(checkpoint_dir, checkpoint_interval, strategy, identity) as (
             checkpoints,

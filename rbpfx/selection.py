@@ -9,7 +9,6 @@ budget then goes to the next best units that still fit in. A latency does not fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from typing import Protocol
@@ -17,14 +16,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rbpfx.errors import NothingToPruneError, TargetError
+from rbpfx.errors import NothingToPruneError, RbpfxError, TargetError
 from rbpfx.graph.cost import parameters_kept
 from rbpfx.graph.groups import Analysis, ChannelGroup
 from rbpfx.graph.parts import example_batch
 from rbpfx.latency.model import LatencyModel
 from rbpfx.latency.search import LatencySearch, edges
 from rbpfx.plan import PruningPlan
-from rbpfx.target import COSTS, Target, Width, matches
+from rbpfx.target import COSTS, Reached, Target, Width, matches
 
 Values = npt.NDArray[np.float64]
 Units = npt.NDArray[np.bool_]
@@ -50,31 +49,6 @@ class LatencyMeter(Protocol):
 
 SPENT = 0.001
 """Share of a budget that may be left over where units are small enough."""
-
-
-@dataclass(frozen=True)
-class Reached:
-    """What a target asked for and what the emitted network costs.
-
-    Attributes:
-        cost: What is limited: "macs", "params" or "latency".
-        asked: Share of the dense network's cost.
-        reached: Share that the emitted network has.
-    """
-
-    cost: str
-    asked: float
-    reached: float
-
-    def short(self) -> str:
-        """What was asked for, in a few words."""
-        return f"{self.asked:.1%} of the {COSTS[self.cost]}"
-
-    def __str__(self) -> str:
-        text = f"target: {self.asked:.1%} of the {COSTS[self.cost]}, reached {self.reached:.1%}"
-        if self.reached < 0.99 * self.asked and self.cost != "latency":
-            text += " (the widths are too coarse, or bound, to come nearer)"
-        return text
 
 
 class Selection:
@@ -134,7 +108,11 @@ class Selection:
             With a budget the plan that keeps as many of the highest scores as fits in; else the
             units that are needed; in both cases within the bounds, and with what it takes to
             leave no axis empty.
+
+        Raises:
+            RbpfxError: A score is NaN.
         """
+        _require_numbers(scores)
         if self.budget is None:
             return self._complete(needed or {n: s > -np.inf for n, s in scores.items()}, scores)
         if self.target.cost == "latency":
@@ -330,6 +308,17 @@ class Selection:
         channels = {g.name: _channels_per_unit(self.analysis, g) for g in self.groups}
         meter = self._meter()
         return LatencySearch(self.analysis, meter.model, self._allowed, channels, complete, meter)
+
+
+def _require_numbers(scores: Mapping[str, Values]) -> None:
+    for name, score in scores.items():
+        if lacking := int(np.isnan(score).sum()):
+            raise RbpfxError(
+                f"{lacking} of the {len(score)} scores of group {name!r} are NaN, which gives no "
+                "order. Look for weights, a batch or a loss that is not finite, or for a "
+                "division by 0 in the score() of a method of your own; or leave the group out: "
+                f"Target(exclude=[{name!r}])"
+            )
 
 
 def _ranked(scores: Mapping[str, Values]) -> dict[str, Values]:

@@ -84,6 +84,10 @@ def crash() -> None:
     raise Crash
 
 
+def whole_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
 def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -277,6 +281,9 @@ class TestRefusal:
             ({"recursion": Recursion(epochs=3)}, "recursion was .*epochs=2"),
             ({"seed": 1}, "seed was 0 and is 1"),
             ({"method": "sbp"}, "method was RBP"),
+            ({"leaf_modules": ["bn1"]}, r"leaf_modules was \[\] and is \['bn1'\]"),
+            ({"loss_fn": nn.MultiMarginLoss()}, "loss_fn was None and is MultiMarginLoss"),
+            ({"forward": whole_loss}, r"forward was None and is tests\.test_checkpoints\.whole"),
         ],
     )
     def test_checkpoints_of_another_call(
@@ -293,6 +300,21 @@ class TestRefusal:
         torch.manual_seed(1)
         with pytest.raises(CheckpointError, match="model was"):
             prune(trained(ShortcutNet(), BATCHES), tmp_path)
+
+    def test_of_an_optimizer_whose_code_has_changed(self, dense, tmp_path: Path) -> None:
+        groups = [1]
+
+        def build(weights: Any) -> torch.optim.Optimizer:
+            weights = list(weights)
+            parts = [weights[i :: groups[-1]] for i in range(groups[-1])]
+            return torch.optim.SGD([{"params": part} for part in parts], 0.01)
+
+        recovery = FineTune(1, optimizer=build)
+        with pytest.raises(Crash):
+            prune(dense, tmp_path, recovery=recovery, callback=At(15, crash))
+        groups.append(2)
+        with pytest.raises(CheckpointError, match=r"step \d+ of the fine-tuning does not fit: .*"):
+            prune(dense, tmp_path, recovery=recovery)
 
     def test_of_another_format(self, dense, tmp_path: Path, monkeypatch) -> None:
         with monkeypatch.context() as patch, pytest.raises(Crash):

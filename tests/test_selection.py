@@ -13,6 +13,7 @@ from rbpfx import (
     Analysis,
     NothingToPruneError,
     PruningPlan,
+    RbpfxError,
     Selection,
     Target,
     TargetError,
@@ -308,6 +309,17 @@ class TestComplete:
         scores = {g.name: rng.random(g.size) for g in analysis.groups}
         plan = Selection(analysis, Target(macs=least + 1e-3)).plan(scores)
         assert analysis.macs(analysis.keep(plan)) / analysis.dense_macs <= least + 1e-3
+
+
+@pytest.mark.parametrize("target", [None, Target(macs=0.5), Target(params=0.5)])
+def test_scores_that_are_no_numbers(captured, target: Target | None):
+    analysis = captured[1]
+    scores = {g.name: np.ones(g.size) for g in analysis.groups}
+    Selection(analysis, target).plan(scores)
+    scores["2"][[3, 5]] = np.nan
+    words = r"2 of the 48 scores of group '2' are NaN.*exclude=\['2'\]"
+    with pytest.raises(RbpfxError, match=words):
+        Selection(analysis, target).plan(scores)
 
 
 @pytest.mark.parametrize(

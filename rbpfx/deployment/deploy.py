@@ -110,8 +110,8 @@ def deploy(
             from its plain form.
         compile: Return a `CompiledNetwork`, which is compiled by inductor when it is first
             called. Nothing is packed then; inductor packs.
-        tolerance: How far the result may be from `model` in the type it computes in, relative to
-            the largest output. By default `TOLERANCES`.
+        tolerance: How far the result may be from `model`, each in the type it computes in,
+            relative to the largest output. By default that of `TOLERANCES` for the coarser type.
 
     Returns:
         A network without gradients, in eval mode; keep it there. A `torch.fx.GraphModule`, or a
@@ -119,7 +119,7 @@ def deploy(
 
     Raises:
         VerificationError: In float64 the plain form differs from the model by more than 1e-9, or
-            the result by more than `tolerance` in its own type; it is not used.
+            the result by more than `tolerance`; it is not used.
         CaptureError: The model cannot be captured.
         InputError: `example_inputs` do not fit, or `dtype` is none that the network runs in.
 
@@ -138,10 +138,12 @@ def deploy(
     error = verify(reference, plain_form(reference), example_inputs)
     _require(error, TOLERANCE, torch.float64)
 
-    dtype = dtype or _type_of(model)
+    own = _type_of(model)
+    dtype = dtype or own
     network = lowered(model, example_inputs, dtype, channels_last, packed and not compile, compile)
     error = _difference_on_random_inputs(model, network, example_inputs)
-    _require(error, TOLERANCES.get(dtype, TOLERANCE) if tolerance is None else tolerance, dtype)
+    coarser = max(own, dtype, key=_rounding)  # both round, the model and the result
+    _require(error, _rounding(coarser) if tolerance is None else tolerance, coarser)
     return CompiledNetwork(network) if compile else network
 
 
@@ -222,6 +224,10 @@ def _type_of(network: nn.Module) -> torch.dtype:
     return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
 
 
+def _rounding(dtype: torch.dtype) -> float:
+    return TOLERANCES.get(dtype, TOLERANCE)
+
+
 def _convert(gm: fx.GraphModule, dtype: torch.dtype) -> None:
     """Compute in a type; inputs and results keep theirs.
 
@@ -230,10 +236,14 @@ def _convert(gm: fx.GraphModule, dtype: torch.dtype) -> None:
     """
     gm.to(dtype)
     for node in list(gm.graph.nodes):
-        if node.op == "placeholder" and _is_floating(node) and node.users:
+        if node.op == "placeholder" and _is_floating(node):
+            computed = [user for user in node.users if user.op != "output"]
+            if not computed:
+                continue
             with gm.graph.inserting_after(node):
                 cast = gm.graph.call_method("to", (node, dtype))
-            node.replace_all_uses_with(cast, lambda user, cast=cast: user is not cast)
+            for user in computed:
+                user.replace_input_with(node, cast)
         elif node.op == "output":
             with gm.graph.inserting_before(node):
                 node.args = map_arg(node.args, _cast_back)
@@ -241,7 +251,7 @@ def _convert(gm: fx.GraphModule, dtype: torch.dtype) -> None:
 
 
 def _cast_back(node: fx.Node) -> fx.Node:
-    if not _is_floating(node):
+    if not _is_floating(node) or node.op == "placeholder":
         return node
     return node.graph.call_method("to", (node, node.meta["val"].dtype))
 

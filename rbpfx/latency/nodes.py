@@ -203,10 +203,12 @@ class Layer:
         layer = submodule(self.gm, str(self.node.target))
         twin = layer.__new__(type(layer))
         twin.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
-        names = ("in_channels", "out_channels", "groups")
         if self.rule is None:
-            names = ("in_features", "out_features", "groups")
-        vars(twin).update(zip(names, (inputs[self.dim], width, groups), strict=True))
+            sizes_by_name = {"in_features": inputs[self.dim], "out_features": width}
+        else:
+            channels = {"in_channels": inputs[self.dim], "out_channels": width}
+            sizes_by_name = {**channels, "groups": groups}
+        vars(twin).update(sizes_by_name)
 
         def prepare() -> Call:
             for name, tensor in layer._parameters.items():

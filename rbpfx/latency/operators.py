@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ REPEATS = 30
 """An operator is called for so long, or so often, but twice at least. The first call, which picks
 kernels, does not count; of the others the fastest does, as whatever disturbs a measurement makes it
 longer. These values are ours."""
+
+MEASURE = 1
+"""The version of this way of measuring: raised if it changes, so that kept times do not count."""
+
+SWITCHES = {
+    "cpu": ("mkldnn.enabled", "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision"),
+    "cuda": (
+        *(f"cudnn.{name}" for name in ("enabled", "benchmark", "deterministic", "allow_tf32")),
+        *("cudnn.conv.fp32_precision", "cuda.matmul.allow_tf32", "cuda.matmul.fp32_precision"),
+    ),
+}
+"""What is set in `torch.backends` for the whole process and picks kernels, by kind of device."""
 
 Call = Callable[[], object]
 First = Callable[[Callable[[], Any]], Any]
@@ -50,7 +63,8 @@ class OperatorTimes:
     """Seconds of operators, by key.
 
     The times are kept in a file of the user's cache folder (`RBPFX_CACHE`, else `XDG_CACHE_HOME`,
-    else `~/.cache`), one for every device, version of torch and number of threads.
+    else `~/.cache`), one for every device, version of torch, number of threads and
+    switch of torch that picks kernels.
 
     Args:
         device: Where the operators run.
@@ -143,7 +157,25 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     else:
         name = f"{processor()} {torch.backends.cpu.get_cpu_capability()}"
     threads = torch.get_num_threads() if device.type == "cpu" else None
-    return {"device": name, "threads": threads, "torch": torch.__version__}
+    switches = {name: _switch(name) for name in SWITCHES.get(device.type, ())}
+    switches["float32"] = _told(torch.get_float32_matmul_precision)
+    described = {"device": name, "threads": threads, "torch": torch.__version__}
+    return {**described, "measure": MEASURE, "switches": switches}
+
+
+def _switch(name: str) -> str:
+    return _told(lambda: attrgetter(name)(torch.backends))
+
+
+def _told(read: Callable[[], object]) -> str:
+    """What a switch is at; empty where torch does not tell.
+
+    Torch 2.9 has other switches for the precision than 2.8, and raises where both were used.
+    """
+    try:
+        return str(read())
+    except (AttributeError, RuntimeError):
+        return ""
 
 
 def cache_directory() -> Path:

@@ -46,6 +46,8 @@ class Gate(nn.Module, ABC):
         phase: Where the group is in the recursion.
         alive: Which units have not been removed yet, boolean `(size,)`.
         processes: The number of this process of the training, and how many there are.
+        loss_scale: What the mean loss of a batch is multiplied by before its gradient is taken; a
+            tensor with a gradient scaler, under which gradients may be infinite.
         constants: What the units are multiplied by once hardened, `(size,)`.
     """
 
@@ -59,6 +61,7 @@ class Gate(nn.Module, ABC):
         self.group = ""
         self.phase = Phase.NOISY
         self.processes = (0, 1)
+        self.loss_scale: Tensor | float = 1.0
         self.register_buffer("constants", torch.ones(size))
         self.register_buffer("alive", torch.ones(size, dtype=torch.bool))
 

@@ -20,7 +20,7 @@ from rbpfx.errors import RbpfxError
 from rbpfx.graph.groups import ChannelGroup
 from rbpfx.methods.base import Method, NoiseGate
 from rbpfx.methods.log_normal import HIGH, LOW, log_probability_between, widen
-from rbpfx.methods.sbp import SBPGate
+from rbpfx.methods.sbp import SBP, SBPGate
 
 if TYPE_CHECKING:
     from rbpfx.training.schedule import Recursion
@@ -64,7 +64,7 @@ def delta_f_n(mu: Tensor, log_sigma: Tensor) -> Tensor:
     return (log_z + log(HIGH - LOW) - 0.5 * torch.log(2 * pi * total) - distance).to(mu.dtype)
 
 
-def delta_f_u(mu: Tensor, log_sigma: Tensor, bits: int = 8) -> Tensor:
+def delta_f_u(mu: Tensor, log_sigma: Tensor, bits: int) -> Tensor:
     """Gain in log evidence if the prior becomes log-uniform on [2^-23, 2^-bits] (BMRS_U).
 
     `log[(Phi((b' - mu) / sigma) - Phi((a' - mu) / sigma)) / Z] - log[(b' - a') / (b - a)]`: how
@@ -91,7 +91,16 @@ class BMRSGate(SBPGate):
     While a budget is being trained for, units count as open by their signal-to-noise ratio, as in
     SBP: the evidence for a unit stays overwhelming until shortly before it turns, and would give
     the projection no hold.
+
+    Args:
+        size: Number of units.
+        foldable: Whether the hardened mean may differ from 1.
     """
+
+    def __init__(self, size: int, foldable: bool = True) -> None:
+        super().__init__(
+            size, foldable, initial_log_sigma=SBP.initial_log_sigma, threshold=SBP.threshold
+        )
 
     @abstractmethod
     def delta_f(self) -> Tensor:
@@ -123,7 +132,7 @@ class BMRSUGate(BMRSGate):
         bits: The multiplier counts as zero below 2^-bits.
     """
 
-    def __init__(self, size: int, foldable: bool = True, bits: int = 8) -> None:
+    def __init__(self, size: int, foldable: bool = True, *, bits: int) -> None:
         super().__init__(size, foldable)
         self.bits = bits
 
@@ -180,4 +189,4 @@ class BMRSU(_BMRS):
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Truncated log-normal noise for the units of a group."""
-        return BMRSUGate(group.size, group.foldable, self.bits)
+        return BMRSUGate(group.size, group.foldable, bits=self.bits)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rbpfx.errors import RbpfxError
 from rbpfx.graph.groups import ChannelGroup
 from rbpfx.methods.base import Method, NoiseGate, Phase
 from rbpfx.methods.log_normal import hold
@@ -102,7 +103,7 @@ class MacKayGate(NoiseGate):
 
     precision: Tensor
 
-    def __init__(self, size: int, foldable: bool = True, initial_log_std: float = -3.0) -> None:
+    def __init__(self, size: int, foldable: bool = True, *, initial_log_std: float) -> None:
         super().__init__(size, foldable)
         self.log_mean = nn.Parameter(torch.zeros(size))
         self.log_std = nn.Parameter(torch.full((size,), initial_log_std))
@@ -175,12 +176,22 @@ class MacKay(Method):
     Attributes:
         initial_log_std: log s at the start, in [-10, 0]; the value is ours.
         strength: Weight of the divergence in the evidence lower bound; 1 is the bound itself.
+
+    Raises:
+        RbpfxError: `initial_log_std` lies outside of its interval.
     """
 
     initial_log_std: float = -3.0
     name = "mackay"
     strength = 1.0
 
+    def __post_init__(self) -> None:
+        if not LOG_LOW <= self.initial_log_std <= LOG_HIGH:
+            raise RbpfxError(
+                f"MacKay(initial_log_std={self.initial_log_std}) must lie in "
+                f"[{LOG_LOW:g}, {LOG_HIGH:g}]"
+            )
+
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Gaussian noise for the units of a group."""
-        return MacKayGate(group.size, group.foldable, self.initial_log_std)
+        return MacKayGate(group.size, group.foldable, initial_log_std=self.initial_log_std)

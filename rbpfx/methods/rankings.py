@@ -106,7 +106,10 @@ class TaylorGate(Gate):
 
     def _observe(self, gradient: Tensor) -> None:
         # The loss is a mean over the batch: times N, this is the gradient of each example's.
-        self.changes += gradient.detach().abs().sum(0).to(self.changes)
+        changes = gradient.detach().abs().sum(0) * len(gradient) / self.loss_scale
+        if isinstance(self.loss_scale, Tensor):  # too large a scale; the step is skipped as well
+            changes = torch.where(changes.isfinite().all(), changes, 0)
+        self.changes += changes.to(self.changes)
 
     def average(self, mean: Callable[[Tensor], Tensor]) -> None:
         """Average the sums of all processes."""

@@ -56,7 +56,7 @@ class RBPGate(NoiseGate):
     """
 
     def __init__(
-        self, size: int, foldable: bool = True, initial_rate: float = 0.05, threshold: float = 0.5
+        self, size: int, foldable: bool = True, *, initial_rate: float, threshold: float
     ) -> None:
         super().__init__(size, foldable)
         self.threshold = threshold
@@ -132,4 +132,6 @@ class RBP(Method):
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Gaussian dropout noise for the units of a group."""
-        return RBPGate(group.size, group.foldable, self.initial_rate, self.threshold)
+        return RBPGate(
+            group.size, group.foldable, initial_rate=self.initial_rate, threshold=self.threshold
+        )

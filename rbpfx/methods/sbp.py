@@ -33,11 +33,7 @@ class SBPGate(NoiseGate):
     """
 
     def __init__(
-        self,
-        size: int,
-        foldable: bool = True,
-        initial_log_sigma: float = -5.0,
-        threshold: float = 1.0,
+        self, size: int, foldable: bool = True, *, initial_log_sigma: float, threshold: float
     ) -> None:
         super().__init__(size, foldable)
         self.threshold = threshold
@@ -105,7 +101,7 @@ class SBP(Method):
         strength: Weight of the divergence in the evidence lower bound; 1 is the bound itself.
 
     Raises:
-        RbpfxError: The threshold is not positive.
+        RbpfxError: A setting lies outside of its interval.
     """
 
     initial_log_sigma: float = -5.0
@@ -114,9 +110,19 @@ class SBP(Method):
     strength = 1.0
 
     def __post_init__(self) -> None:
+        low, high = log_normal.LOG_SIGMA_LOW, log_normal.LOG_SIGMA_HIGH
+        if not low <= self.initial_log_sigma <= high:
+            raise RbpfxError(
+                f"SBP(initial_log_sigma={self.initial_log_sigma}) must lie in [{low:g}, {high:g}]"
+            )
         if not self.threshold > 0:
             raise RbpfxError(f"SBP(threshold={self.threshold}) must be positive")
 
     def gate(self, group: ChannelGroup) -> NoiseGate:
         """Truncated log-normal noise for the units of a group."""
-        return SBPGate(group.size, group.foldable, self.initial_log_sigma, self.threshold)
+        return SBPGate(
+            group.size,
+            group.foldable,
+            initial_log_sigma=self.initial_log_sigma,
+            threshold=self.threshold,
+        )

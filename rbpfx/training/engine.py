@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from rbpfx.errors import InputError, RbpfxError
 from rbpfx.graph.examples import count_examples
 from rbpfx.graph.products import recomputing
-from rbpfx.methods import Phase
+from rbpfx.methods import noise_gates
 from rbpfx.training.layout import has_images, keep_layout, to_channels_last
 from rbpfx.training.loop import frozen_norms
 from rbpfx.training.settings import PRECISIONS, Training, Update
@@ -87,6 +87,7 @@ class Stepper:
         self.teacher = teacher
         self.penalty = penalty
         self.strategy = settings.spread
+        self._gates = noise_gates(model)
         self._frozen = frozen_norms(model)
         self._dtype = PRECISIONS[settings.precision]
         self._scaler = _scaler(task.device) if self._dtype == torch.float16 else None
@@ -103,8 +104,7 @@ class Stepper:
         self._uncompiled: dict[nn.Module, Any] = {}
         if settings.compile:
             self._network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-            gates = [m for m in model.modules() if isinstance(getattr(m, "phase", None), Phase)]
-            self._uncompiled = {gate: torch.compiler.disable(gate.forward) for gate in gates}
+            self._uncompiled = {g: torch.compiler.disable(g.forward) for g in self._gates}
         self._network = self.strategy.wrap(self._network)
 
     def step(self, batches: Sequence[Any]) -> Losses:
@@ -216,7 +216,7 @@ class Stepper:
                 if not isfinite(float(sum(total.losses))):
                     self._forget_gradients()
                     raise NumericalFault("the loss is not a finite number")
-            self._backward(objective)
+            self._backward(objective, share)
             if last:
                 self._update()
 
@@ -226,9 +226,13 @@ class Stepper:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, share: float) -> None:
+        scale: Tensor | float = share
         if self._scaler is not None:
+            scale = self._scaler.scale(torch.full((), share, device=loss.device))
             loss = self._scaler.scale(loss)
+        for gate in self._gates:
+            gate.loss_scale = scale
         self.strategy.backward(loss)
 
     def _update(self) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from rbpfx.checkpoints import Checkpoints, random_state, set_random_state
 from rbpfx.checkpoints.encoding import Encoded, decode, encode
-from rbpfx.errors import DivergenceError, InputError
+from rbpfx.errors import CheckpointError, DivergenceError, InputError
 from rbpfx.training.engine import Losses, NumericalFault, Stepper
 from rbpfx.training.faults import bad_batch, locate
 from rbpfx.training.interruption import Interruption
@@ -207,7 +207,15 @@ class Safeguard:
         state = self.checkpoints.latest()
         if state is None:
             return
-        self._return_to(state)
+        try:
+            self._return_to(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {state['training']['step']} of the "
+                f"{self.checkpoints.stage} does not fit: {error}. The code of the model, an "
+                "optimiser or a method has changed since, or the version of rbpfx or torch. Go on "
+                "with those that wrote it, give another directory, or delete this one"
+            ) from error
         self._setbacks, self._first_loss = state["setbacks"], state["first loss"]
         own = state["processes"][self.strategy.rank]
         if not self.training.finished:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_leaves
 from torchvision import models
 
 import rbpfx
@@ -378,6 +380,37 @@ def test_deployed_twice_and_in_another_type() -> None:
     assert 1e-6 < difference(in_eval(model, (x,)), result) < 0.05
     assert difference(result, deploy(deployed, x)(x)) < 0.05
     assert difference(in_eval(model, (x,)), deploy(deploy(model, x), x)(x)) < 1e-5
+
+
+TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize(("own", "other"), list(itertools.permutations(TYPES, 2)))
+def test_from_every_type_to_every_other(own: torch.dtype, other: torch.dtype) -> None:
+    model = network([nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)])
+    model, x = model.to(own), torch.randn(IMAGE).to(own)
+    deployed = deploy(model, x, dtype=other)
+    assert {parameter.dtype for parameter in deployed.parameters()} <= {other}
+    result = deployed(x)
+    assert result.dtype == own
+    assert difference(in_eval(model, (x,)), result) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_input_that_is_returned_stays_as_it_is(dtype: torch.dtype) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, unused: Tensor) -> dict[str, Any]:
+            return {"y": self.linear(x), "x": x, "all": (unused, x.flip(0))}
+
+    x, unused = torch.randn(3, 4), torch.randn(3)
+    result = deploy(Both(), (x, unused), dtype=dtype)(x, unused)
+    assert torch.equal(result["x"], x)
+    assert torch.equal(result["all"][0], unused)
+    assert {t.dtype for t in tree_leaves(result)} == {torch.float32}
 
 
 def test_no_gradients() -> None:

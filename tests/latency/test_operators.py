@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rbpfx.latency.operators import Operator, OperatorTimes, cache_directory, fastest, filled
+from rbpfx.latency.operators import (
+    SWITCHES,
+    Operator,
+    OperatorTimes,
+    _switch,
+    cache_directory,
+    fastest,
+    filled,
+)
 
 CPU = torch.device("cpu")
 
@@ -69,6 +77,30 @@ def test_the_file_depends_on_the_threads() -> None:
         assert OperatorTimes(CPU).path != one
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_the_file_depends_on_the_switches_that_pick_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = OperatorTimes(CPU).path
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert OperatorTimes(CPU).path != usual
+    assert OperatorTimes(CPU).path == usual
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert OperatorTimes(CPU).path != usual
+
+
+@pytest.mark.parametrize("name", [n for names in SWITCHES.values() for n in names])
+def test_there_are_such_switches(name: str) -> None:
+    if "fp32_precision" not in name or hasattr(torch.backends, "fp32_precision"):
+        assert _switch(name)
+
+
+def test_the_file_depends_on_how_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = OperatorTimes(CPU).path
+    monkeypatch.setattr("rbpfx.latency.operators.MEASURE", -1)
+    assert OperatorTimes(CPU).path != usual
 
 
 def test_two_processes_add_to_one_file(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from rbpfx.methods.base import Phase
 from rbpfx.methods.mackay import (
     PRECISION_HIGH,
     PRECISION_LOW,
+    MacKay,
     MacKayGate,
     gaussian_kl,
     next_precision,
@@ -20,6 +23,10 @@ from rbpfx.methods.mackay import (
 )
 
 CASES = list(itertools.product([-2.0, 0.0, 1e-3, 1.0], [-8.0, -3.0, 0.0, 2.0], [1e-4, 1.0, 1e4]))
+
+
+def fresh(size: int, foldable: bool = True, **settings: Any) -> MacKayGate:
+    return MacKayGate(size, foldable, **{**asdict(MacKay()), **settings})
 
 
 @pytest.mark.parametrize(("mean", "log_std", "precision"), CASES)
@@ -82,7 +89,7 @@ def test_the_precision_stays_finite_at_zero_mean() -> None:
     mean, log_std = torch.zeros(3), torch.tensor([-10.0, 0.0, 3.0])
     precision = torch.tensor([PRECISION_LOW, 1.0, PRECISION_HIGH])
     assert torch.isfinite(next_precision(mean, log_std, precision)).all()
-    gate = MacKayGate(3)
+    gate = fresh(3)
     with torch.no_grad():
         gate.log_mean.copy_(torch.tensor([-100.0, 0.0, 100.0]))
         gate.log_std.copy_(torch.tensor([-30.0, 0.0, 30.0]))
@@ -93,7 +100,7 @@ def test_the_precision_stays_finite_at_zero_mean() -> None:
 
 
 def test_it_starts_at_the_fixed_point() -> None:
-    gate = MacKayGate(2)
+    gate = fresh(2)
     start = gate.precision.clone()
     assert torch.allclose(start, 1 / (1 + torch.exp(torch.tensor(-6.0))))
     gate.update()
@@ -101,7 +108,7 @@ def test_it_starts_at_the_fixed_point() -> None:
 
 
 def test_pressure_is_the_divergence_at_the_fixed_point() -> None:
-    gate = MacKayGate(3)
+    gate = fresh(3)
     with torch.no_grad():
         gate.log_mean.copy_(torch.tensor([0.1, 0.5, 1.0]).log())
         gate.log_std.copy_(torch.tensor([0.0, -3.0, -1.0]))
@@ -111,7 +118,7 @@ def test_pressure_is_the_divergence_at_the_fixed_point() -> None:
 
 
 def test_update_leaves_other_phases_alone() -> None:
-    gate = MacKayGate(1)
+    gate = fresh(1)
     with torch.no_grad():
         gate.log_mean.fill_(-0.7)
         gate.log_std.fill_(20.0)
@@ -128,7 +135,7 @@ def test_update_leaves_other_phases_alone() -> None:
 
 
 def test_a_unit_without_signal_goes_and_one_with_a_signal_stays() -> None:
-    gate = MacKayGate(2)
+    gate = fresh(2)
     optimizer = torch.optim.Adam(gate.parameters(), lr=0.05)
     for _ in range(200):
         optimizer.zero_grad()
@@ -143,7 +150,7 @@ def test_a_unit_without_signal_goes_and_one_with_a_signal_stays() -> None:
 
 
 def test_rule_openness_and_hardening() -> None:
-    gate = MacKayGate(3)
+    gate = fresh(3)
     with torch.no_grad():
         gate.log_mean.copy_(torch.tensor([1.0, 0.5, 0.04]).log())
         gate.log_std.copy_(torch.tensor([-1.0, 0.0, -3.0]))

@@ -12,6 +12,7 @@ from rbpfx import (
     RBP,
     SBP,
     FineTune,
+    MacKay,
     PruningResult,
     RbpfxError,
     Recursion,
@@ -61,7 +62,15 @@ def test_a_method_needs_a_name(dense: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("method", "name", "value"),
-    [(RBP, "initial_rate", 0.0), (RBP, "threshold", 1.1), (SBP, "threshold", 0.0)],
+    [
+        (RBP, "initial_rate", 0.0),
+        (RBP, "threshold", 1.1),
+        (SBP, "threshold", 0.0),
+        (SBP, "initial_log_sigma", 50),
+        (SBP, "initial_log_sigma", -21.0),
+        (MacKay, "initial_log_std", 7),
+        (MacKay, "initial_log_std", -10.5),
+    ],
 )
 def test_settings_are_checked(method: type, name: str, value: float) -> None:
     with pytest.raises(RbpfxError, match=name):

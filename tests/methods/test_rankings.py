@@ -21,9 +21,12 @@ from rbpfx import (
     noise_gates,
     trace,
 )
+from rbpfx.methods.rankings import TaylorGate
 from rbpfx.methods.weights import UnitWeights, in_scope
+from rbpfx.training.engine import Stepper
 from rbpfx.training.recursion import RecursiveTraining
 from rbpfx.training.schedule import Recursion
+from rbpfx.training.settings import Training
 from rbpfx.training.task import Task
 from tests.toy import ShortcutNet, stripes
 
@@ -99,6 +102,60 @@ def test_taylor_is_gradient_times_activation_over_all_reads(model: nn.Module) ->
         (grad,) = torch.autograd.grad(F.cross_entropy(logits, labels), scale)
         expected += grad.abs().sum((0, 2, 3))
     assert torch.allclose(found["conv1"].float(), expected / expected.norm(), rtol=1e-4)
+
+
+def changes(sizes: list[int], precision: str = "float32", factor: float = 1.0) -> Tensor:
+    """What Taylor sums up over 40 examples in steps of batches of these sizes.
+
+    Args:
+        sizes: The sizes of the batches of one step.
+        precision: That of the training.
+        factor: Makes the loss large.
+    """
+    torch.manual_seed(0)
+    images, labels = torch.randn(40, 3, 6, 6), torch.randint(0, 4, (40,))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    gm = trace(model, images[:2])
+    noisy = insert_noise(gm, analyze(gm), Taylor())
+    task = Task(lambda output, target: factor * F.cross_entropy(output, target))
+    optimizer = torch.optim.SGD(noisy.parameters(), 0.0)
+    stepper = Stepper(noisy, task, Training(precision=precision), [optimizer])
+    rest = list(zip(images.split(sizes), labels.split(sizes), strict=True))
+    for _ in range(8):
+        stepper.step(rest)
+    (gate,) = noise_gates(noisy)
+    assert isinstance(gate, TaylorGate)
+    return gate.changes / factor
+
+
+@pytest.mark.parametrize("sizes", [[32, 8], [10] * 4, [1] * 40, [39, 1]])
+def test_taylor_counts_every_example_alike(sizes: list[int]) -> None:
+    assert torch.allclose(changes(sizes), changes([40]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[32, 8], [40]])
+def test_taylor_with_scaled_gradients(sizes: list[int]) -> None:
+    assert torch.allclose(changes(sizes, "float16"), changes([40]), rtol=0.02, atol=1e-3)
+
+
+def test_taylor_ignores_gradients_that_overflow() -> None:
+    found = changes([40], "float16", factor=300.0)
+    assert found.isfinite().all()
+    assert (found > 0).any()
+    assert found.max() < 0.9 * changes([40]).max()  # without the first steps
+
+
+def test_taylor_across_steps(model: nn.Module) -> None:
+    """Steps of unequal batches: the last 8 of 40 examples make no half of the sum."""
+    images, labels = (torch.cat(parts)[:40] for parts in zip(*BATCHES, strict=True))
+    found = []
+    for size in (40, 32):
+        gm = trace(model, images[:2])
+        noisy = insert_noise(gm, analyze(gm), Taylor()).eval()
+        for part, wanted in zip(images.split(size), labels.split(size), strict=True):
+            F.cross_entropy(noisy(part), wanted).backward()
+        found.append(torch.cat([gate.score() for gate in noise_gates(noisy)]))
+    assert torch.allclose(*found, rtol=1e-4)
 
 
 def test_taylor_leaves_weights_and_statistics_alone(model: nn.Module) -> None:

@@ -1,6 +1,8 @@
 """Recursive Bayesian Pruning: closed forms against numerical integration, moments of the noise."""
 
 import math
+from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,10 @@ from rbpfx.methods.rbp import RBPGate, gaussian_dropout_kl
 
 RATES = [1e-4, 0.01, 0.05, 0.3, 0.5, 0.7, 0.95, 0.99, 0.9999]
 STRENGTHS = [1e-3, 0.5, 10.0, 1e3, 1e6]
+
+
+def fresh(size: int, foldable: bool = True, **settings: Any) -> RBPGate:
+    return RBPGate(size, foldable, **{**asdict(RBP()), **settings})
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -58,7 +64,7 @@ def test_kl_gradient_by_finite_differences() -> None:
 def test_samples_have_the_moments_of_dropout() -> None:
     torch.manual_seed(0)
     rates = torch.tensor([0.05, 0.3, 0.5, 0.9])
-    gate = RBPGate(4)
+    gate = fresh(4)
     with torch.no_grad():
         gate.gate_logit.copy_(torch.log((1 - rates) / rates))
     draws = gate.sample(200_000)
@@ -68,7 +74,7 @@ def test_samples_have_the_moments_of_dropout() -> None:
 
 
 def test_gradient_reaches_the_rate_through_mean_and_deviation() -> None:
-    gate = RBPGate(3)
+    gate = fresh(3)
     torch.manual_seed(0)
     gate.sample(8).square().sum().backward()
     assert gate.gate_logit.grad is not None
@@ -76,14 +82,14 @@ def test_gradient_reaches_the_rate_through_mean_and_deviation() -> None:
 
 
 def test_initial_rate_and_threshold_are_those_of_the_method() -> None:
-    gate = RBPGate(5, initial_rate=0.2, threshold=0.9)
+    gate = fresh(5, initial_rate=0.2, threshold=0.9)
     assert torch.allclose(gate.mean(), torch.full((5,), 0.8))
     assert not gate.needed().any()
     assert RBP(initial_rate=0.2).initial_rate == 0.2
 
 
 def test_a_hardened_gate_is_constant() -> None:
-    gate = RBPGate(4)
+    gate = fresh(4)
     gate.harden(torch.tensor([True, False, True, False]))
     gate.train()
     multipliers = gate(torch.zeros(7, 3))
@@ -94,6 +100,6 @@ def test_a_hardened_gate_is_constant() -> None:
 
 
 def test_a_gate_that_cannot_be_folded_hardens_to_one() -> None:
-    gate = RBPGate(2, foldable=False)
+    gate = fresh(2, foldable=False)
     gate.harden(torch.tensor([True, False]))
     assert gate(None).tolist() == [[1.0, 0.0]]

@@ -1,5 +1,8 @@
 """Structured Bayesian Pruning: the gate, its clamps and its rule."""
 
+from dataclasses import asdict
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,8 +11,12 @@ from rbpfx.methods.base import Phase
 from rbpfx.methods.sbp import SBP, SBPGate
 
 
+def fresh(size: int, foldable: bool = True, **settings: Any) -> SBPGate:
+    return SBPGate(size, foldable, **{**asdict(SBP()), **settings})
+
+
 def gate_at(mu: list[float], log_sigma: list[float], **options: float) -> SBPGate:
-    gate = SBPGate(len(mu), **options)
+    gate = fresh(len(mu), **options)
     with torch.no_grad():
         gate.mu.copy_(torch.tensor(mu))
         gate.log_sigma.copy_(torch.tensor(log_sigma))
@@ -17,7 +24,7 @@ def gate_at(mu: list[float], log_sigma: list[float], **options: float) -> SBPGat
 
 
 def test_it_starts_as_published() -> None:
-    gate = SBPGate(3)
+    gate = fresh(3)
     assert gate.mu.tolist() == [0, 0, 0]
     assert gate.log_sigma.tolist() == [-5, -5, -5]
     assert gate.needed().all()
@@ -32,7 +39,7 @@ def test_penalty_is_the_divergence_per_example() -> None:
 
 
 def test_a_unit_without_signal_goes_and_one_with_a_signal_stays() -> None:
-    gate = SBPGate(2)
+    gate = fresh(2)
     optimizer = torch.optim.Adam(gate.parameters(), lr=0.05)
     for _ in range(300):
         optimizer.zero_grad()
@@ -107,6 +114,6 @@ def test_harden_and_remove() -> None:
     gate.harden(torch.tensor([True, True, False]))
     assert (gate.constants != 0).tolist() == [True, False, False]
     assert gate.constants[0] == gate.mean()[0]
-    rigid = SBPGate(2, foldable=False)
+    rigid = fresh(2, foldable=False)
     rigid.harden(torch.tensor([True, False]))
     assert rigid(None).tolist() == [[1.0, 0.0]]

@@ -5,19 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from torch import nn
 
 import rbpfx
-from rbpfx import FineTune, LoadError, Recursion, Report, Target
-from rbpfx.circumstances import in_words
+from rbpfx import FineTune, LoadError, Recursion, Report
 from rbpfx.progress import patient
 from rbpfx.training.record import BINS, MOMENTS, POINTS, Curves, GateHistograms, due
-from rbpfx.training.settings import Training
 from tests.reporting.conftest import Run
 from tests.toy import ShortcutNet, stripes
 
@@ -153,28 +149,6 @@ def test_a_plan_of_an_earlier_version_has_a_report_without_curves(run: Run) -> N
 def test_a_missing_plan_is_named(tmp_path: Any) -> None:
     with pytest.raises(LoadError, match=r"no plan\.json"):
         Report.load(tmp_path)
-
-
-@dataclass
-class Wanting:
-    """Settings that have to be given."""
-
-    bits: int
-
-
-def test_settings_are_told_by_what_differs() -> None:
-    def my_optimizer(weights: object) -> None: ...
-
-    assert in_words(None) == "None"
-    assert in_words(Training()) == "Training()"
-    assert in_words(Recursion(epochs=7)) == "Recursion(epochs=7)"
-    assert in_words(Target(macs=0.5, exclude=["stem"])) == "Target(macs=0.5, exclude=['stem'])"
-    told = in_words(FineTune(optimizer=my_optimizer))
-    assert told.startswith("FineTune(optimizer=")
-    assert "my_optimizer" in told
-    assert " at 0x" not in told
-    assert in_words(Wanting(3)) == "Wanting(bits=3)"
-    assert in_words(nn.ReLU()) == "ReLU"
 
 
 def test_a_long_pass_shows_a_bar(

@@ -120,7 +120,11 @@ def test_an_optimizer_that_was_rebound(mode: str) -> None:
     rebound = rbpfx.rebind(optimizer, result)
     with torch.inference_mode(False), torch.enable_grad():
         F.cross_entropy(result.model.train()(BATCHES[0][0]), BATCHES[0][1]).backward()
+        before = [parameter.detach().clone() for parameter in result.model.parameters()]
         rebound.step()
+        after = list(result.model.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in after)
+    assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def test_batches_may_be_made_in_inference_mode(usual: PruningResult) -> None:

@@ -1,10 +1,12 @@
 """The budget: a projection that holds it at every step."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 
 from rbpfx.methods import Phase
-from rbpfx.methods.rbp import RBPGate
+from rbpfx.methods.rbp import RBP, RBPGate
 from rbpfx.training.budget import BudgetProjection
 
 
@@ -12,7 +14,7 @@ class Toy:
     """Two gates, the Adam that trains them, and a price that closing each unit costs the loss."""
 
     def __init__(self, prices: torch.Tensor) -> None:
-        self.gates = [RBPGate(10), RBPGate(6)]
+        self.gates = [RBPGate(size, **asdict(RBP())) for size in (10, 6)]
         self.prices = prices.split([10, 6])
         self.optimizer = torch.optim.Adam([g.gate_logit for g in self.gates], 0.05)
         weights = [torch.ones(()), torch.ones(())]
