@@ -37,6 +37,7 @@ from rbpfx.graph.patches import (
     attributes_kept,
     custom_autograd_functions_refused,
     marked_functions_opened,
+    masks_taken_as_given,
     training_flags_watched,
 )
 from rbpfx.graph.regions import Surroundings
@@ -161,6 +162,7 @@ class ValueTracer(GraphTracer):
             marked_functions_opened(self),
             attributes_kept(root),
             sizes_of_constants_kept(),
+            masks_taken_as_given(),
             watched,
         ):
             graph = super().trace(root, concrete_args)
