@@ -207,7 +207,8 @@ def require_free_batch(model: nn.Module, gm: nn.Module, inputs: ExampleInputs) -
                     f"the {subject} runs on {examples} examples and not on {size}: its forward "
                     f"fixes the batch size{_place(error)}: {cause}. Pruned "
                     f"networks are verified and timed on {VERIFIED_EXAMPLES} and 1 examples; take "
-                    "the batch size from the input, as in x.view(x.shape[0], -1)."
+                    "the batch size from the input, as in x.view(x.shape[0], -1), and put it in no "
+                    "range(...) and no torch.Size(...)."
                 ) from error
 
 

@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from rbpfx.errors import CaptureError, InputError
+from rbpfx.graph.conversions import Anew, Conversions
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.examples import count_examples
 from rbpfx.graph.exported import trace_program
@@ -205,11 +206,17 @@ def _capture(
     """The graph of a model, with what cannot be traced kept whole and captured inside."""
     kept: dict[str, str] = {}
     functions: set[Callable[..., Any]] = set()
+    conversions = Conversions()
     while True:
         try:
-            gm = _graph_of(model, (*leaf_modules, *kept), functions, supplied)
+            with conversions:
+                gm = _graph_of(model, (*leaf_modules, *kept), functions, supplied, conversions)
             break
+        except Anew:
+            continue
         except _Refusal as refusal:
+            if conversions.suspended():
+                continue
             if not kept and not functions:
                 _require_that_it_runs(model, supplied)
             failed_in = refusal.failed_in
@@ -277,11 +284,13 @@ def _graph_of(
     leaf_modules: tuple[LeafModule, ...],
     leaf_functions: Iterable[Callable[..., Any]],
     supplied: Mapping[str, Any],
+    conversions: Conversions,
 ) -> fx.GraphModule:
     """Trace a model, in both modes if its code asks for the mode, and merge the traces.
 
     Raises:
         _Refusal: Something cannot be traced.
+        Anew: Something is to be traced in another way.
         CaptureError: What is asked for has no place in a graph.
     """
     root = _structure_copy(model)
@@ -290,7 +299,9 @@ def _graph_of(
     graphs: list[fx.Graph] = []
     for training in (False, True):
         reference = graphs[0] if graphs else None
-        tracer = ValueTracer(mode, fakes, leaf_modules, leaf_functions, reference)
+        tracer = ValueTracer(
+            mode, fakes, leaf_modules, leaf_functions, reference, conversions.follow
+        )
         try:
             graphs.append(tracer.trace(root.train(training)))
         except CaptureError:

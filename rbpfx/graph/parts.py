@@ -95,6 +95,7 @@ def _capture_children(
     capture: Capture,
     refused: dict[str, str],
 ) -> None:
+    before = _children(module)
     for child_name, child in module.named_children():
         qualified = f"{name}.{child_name}" if name else child_name
         if not any(True for _ in child.children()) or not any(True for _ in child.parameters()):
@@ -109,6 +110,27 @@ def _capture_children(
             _capture_children(child, qualified, calls, capture, refused)
         else:
             setattr(module, child_name, part)
+    if name in calls and _children(module) != before:
+        failure = _failure(module, *calls[name][0][0])
+        if failure is not None:
+            for inner, children in before.items():
+                inner._modules.update(children)
+            refused[name] = f"its code asks its submodules for more than their results: {failure}"
+
+
+def _children(module: nn.Module) -> dict[nn.Module, dict[str, nn.Module | None]]:
+    """What is installed in a module, and in all inside it."""
+    return {inner: dict(inner._modules) for inner in module.modules()}
+
+
+def _failure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    """What a module that stays whole raises around captured parts; None if it runs."""
+    try:
+        with torch.no_grad():
+            copy_model(module, {}).eval()(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
 
 
 def _require_same(part: nn.Module, calls: list[tuple[Call, Any]]) -> None:
@@ -144,7 +166,7 @@ def _record_calls(
     for name, module in twin.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue  # takes no hooks of Python
-        if any(name.startswith(f"{outer}." if outer else "") for outer in opaque) and name:
+        if any(f"{name}.".startswith(f"{outer}." if outer else "") for outer in opaque):
 
             def note(
                 _: nn.Module, args: Any, kwargs: Any, result: Any, *, name: str = name

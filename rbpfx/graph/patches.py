@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import _symbolic_trace
+from torch.nn import functional as F
+from torch.nn.modules import transformer
 
 from rbpfx.graph.aliasing import storages
 from rbpfx.graph.values import Untraceable, ValueProxy
@@ -133,3 +135,27 @@ def custom_autograd_functions_refused() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = original
+
+
+@contextmanager
+def masks_taken_as_given() -> Iterator[None]:
+    """Keep torch's transformers from asking whether a mask happens to be causal.
+
+    The answer is in the mask's values, and only chooses a quicker kernel: a mask that is applied
+    as it stands gives the same, for every input.
+    """
+    detect, type_of = transformer._detect_is_causal_mask, F._none_or_dtype
+
+    def said_to_be_causal(mask: Any, is_causal: Any = None, size: Any = None) -> bool:
+        if is_causal is None and ValueProxy in (type(mask), type(size)):
+            return False
+        return detect(mask, is_causal, size)
+
+    def dtype_of(input: Any) -> Any:
+        return input.dtype if type(input) is ValueProxy else type_of(input)
+
+    transformer._detect_is_causal_mask, F._none_or_dtype = said_to_be_causal, dtype_of
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask, F._none_or_dtype = detect, type_of

@@ -14,9 +14,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any, cast
 
+import numpy
 import torch
 import torchvision.ops
 from torch import Tensor, fx, nn
@@ -38,6 +39,7 @@ from rbpfx.graph.patches import (
     attributes_kept,
     custom_autograd_functions_refused,
     marked_functions_opened,
+    masks_taken_as_given,
     replaced_state_refused,
     training_flags_watched,
 )
@@ -48,6 +50,7 @@ from rbpfx.graph.values import (
     Untraceable,
     ValueProxy,
     assume,
+    is_user_code,
     line_of_user_code,
     sizes_of_constants_kept,
     value_behind,
@@ -123,6 +126,7 @@ class ValueTracer(GraphTracer):
         leaf_modules: Classes or qualified names of modules that are not traced into.
         leaf_functions: Functions that are not traced into.
         reference: Another trace of the same model, whose values are used again where both agree.
+        convert: Called with the frame of a function of the model that makes a number of a size.
 
     Attributes:
         failed_in: After a failure, the qualified name of the innermost module that was traced
@@ -137,6 +141,7 @@ class ValueTracer(GraphTracer):
         leaf_modules: Iterable[LeafModule] = (),
         leaf_functions: Iterable[Callable[..., Any]] = (),
         reference: fx.Graph | None = None,
+        convert: Callable[[FrameType], None] = lambda frame: None,
     ) -> None:
         super().__init__()
         leaf_modules = tuple(leaf_modules)
@@ -147,6 +152,7 @@ class ValueTracer(GraphTracer):
         self.leaf_functions = set(leaf_functions)
         self.failed_in: str | Callable[..., Any] | None = None
         self.depends_on_mode = False
+        self._convert = convert
         self._surroundings = Surroundings()
         self._values = _Values(self, reference)
         self._guarded: set[tuple[fx.Node, str]] = set()
@@ -167,6 +173,7 @@ class ValueTracer(GraphTracer):
             marked_functions_opened(self),
             attributes_kept(root),
             sizes_of_constants_kept(),
+            masks_taken_as_given(),
             watched,
         ):
             graph = super().trace(root, concrete_args)
@@ -256,6 +263,8 @@ class ValueTracer(GraphTracer):
         """Proxies may pass for numbers and tuples, and data classes for dictionaries."""
         if type(a) is ValueProxy:
             return a.node
+        if isinstance(a, numpy.generic):
+            return a.item()
         if is_dataclass(a) and not isinstance(a, type):
             given = {f.name: getattr(a, f.name) for f in fields(a) if f.init}
             values = {name: self.create_arg(v) for name, v in given.items() if v is not None}
@@ -307,6 +316,11 @@ class ValueTracer(GraphTracer):
             call_leaf(self.graph, assume, (node, value, where)).meta["val"] = None
 
     # -- what Python asks of a proxy ------------------------------------------------------
+
+    def convert(self, frame: FrameType) -> None:
+        """A frame makes a number of a size, which would fix it; may raise to trace anew."""
+        if is_user_code(frame):
+            self._convert(frame)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """The example's truth."""

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, fx
 
@@ -56,6 +58,16 @@ def rounded(value: Any, digits: int | None = None) -> Any:
     return round(value, digits)
 
 
+def truncated(value: Any) -> int:
+    """`int`, as a function that graphs can call."""
+    return int(value)
+
+
+def of_numpy(name: str, *numbers: Any) -> Any:
+    """`numpy.sqrt` and its like, as a function that graphs can call."""
+    return getattr(numpy, name)(*numbers).item()
+
+
 class GraphProxy(fx.Proxy):
     """A proxy that records `x += y` and `x[i] = y` as what they are.
 
@@ -85,6 +97,8 @@ _CONSTANT_METHODS = frozenset(
     "dim ndimension is_floating_point is_complex is_contiguous element_size".split()
 )
 _DATA = frozenset({"item", "tolist", "numpy", "data_ptr", "storage", "untyped_storage"})
+# What numpy calls the operators of Python.
+_OF_NUMPY = {"add": "add", "subtract": "sub", "multiply": "mul", "divide": "truediv"}
 # Proxies of these pass `isinstance`. Tensor is not among them: the argument parser of torch takes
 # whatever passes for a tensor as one, and crashes.
 _IMITATED = (int, float, torch.Size, tuple, list, dict, torch.dtype, torch.device)
@@ -120,6 +134,7 @@ class ValueProxy(GraphProxy):
 
     def __int__(self) -> int:
         value = self._known("the number")
+        self.tracer.convert(sys._getframe(1))
         self.tracer.guard(self, value)
         return int(value)
 
@@ -131,15 +146,34 @@ class ValueProxy(GraphProxy):
     def __round__(self, digits: int | None = None) -> Any:
         return self.tracer.create_leaf(rounded, (self, digits))
 
+    def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """`numpy.sqrt(x.shape[-1])`, and `numpy.float64(2) * x`."""
+        values = [value_behind(i) if type(i) is ValueProxy else i for i in inputs]
+        name = function.__name__
+        if method == "__call__" and all(isinstance(v, (int, float)) for v in values):
+            return self.tracer.create_leaf(of_numpy, (name, *inputs))
+        if method == "__call__" and name in _OF_NUMPY:
+            numbers = [i.item() if isinstance(i, numpy.generic) else i for i in inputs]
+            return getattr(operator, _OF_NUMPY[name])(*numbers)
+        arrays = [numpy.array([*i]) if type(i) is ValueProxy else i for i in inputs]
+        return getattr(function, method)(*arrays, **options)
+
     def __len__(self) -> int:
         value = value_behind(self)
         if isinstance(value, Tensor):
+            self.tracer.convert(sys._getframe(1))
             return operator.index(self.shape[0])
         size = len(value)
         # How many axes a tensor has, or results a module, is no assumption on the input's size.
         if not isinstance(value, torch.Size) and self.node.op != "call_module":
             self.tracer.guard(self.tracer.create_leaf(length, (self,)), size)
         return size
+
+    def __hash__(self) -> int:
+        value = value_behind(self)
+        if not isinstance(value, (int, float)):
+            return super().__hash__()
+        return hash(self.tracer.guard(self, value))  # a dictionary or a set looks for it
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(value_behind(self), dict):
@@ -259,11 +293,15 @@ def value_behind(proxy: fx.Proxy) -> Any:
     return proxy.node.meta["val"]
 
 
+def is_user_code(frame: FrameType) -> bool:
+    """Whether a frame runs code from outside torch and this package."""
+    return not frame.f_code.co_filename.startswith((str(Path(__file__).parent), torch.__path__[0]))
+
+
 def line_of_user_code() -> str:
     """'file:line `code`' of the innermost frame outside torch and this package."""
-    own = (str(Path(__file__).parent), torch.__path__[0])
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+    while frame.f_back is not None and not is_user_code(frame):
         frame = frame.f_back
     path, line = frame.f_code.co_filename, frame.f_lineno
     return f"{Path(path).name}:{line} `{linecache.getline(path, line).strip()}`"

@@ -211,3 +211,35 @@ def test_nothing_beside_torchscript() -> None:
     for leaves in ((), ("scripted",)):
         with pytest.raises(CaptureError, match=r"'scripted' is TorchScript.*scripted from in its"):
             trace(Around(nn.Conv2d(3, 6, 1)), torch.rand(2, 3, 5, 5), leaf_modules=leaves)
+
+
+class Asking(nn.Module):
+    """Stays whole, and asks a submodule for more than its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = block(4, 8, 4), block(4, 6, 4)
+        self.second.limit = 1e9
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x))
+        return x if float(x.mean()) < self.second.limit else -x
+
+
+class AroundAsking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = block(3, 8, 4), Asking()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(self.stem(x))
+        return y
+
+
+def test_a_module_that_does_not_run_around_parts_keeps_its_own_submodules() -> None:
+    model, x = AroundAsking().eval(), torch.rand(2, 3, 5, 5)
+    gm = trace(model, x)
+    assert torch.equal(gm(x), model(x))
+    assert list(captured_parts(gm)) == [""]
+    with pytest.raises(CaptureError, match="the forward of Asking itself"):
+        trace(Asking(), torch.rand(2, 4, 5, 5))

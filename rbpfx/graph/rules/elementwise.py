@@ -27,7 +27,7 @@ from rbpfx.graph.rules.base import (
 )
 from rbpfx.graph.rules.generic import PerChannel
 from rbpfx.graph.slicing import Slicing
-from rbpfx.graph.values import assume, length, rounded
+from rbpfx.graph.values import assume, length, of_numpy, rounded, truncated
 
 
 class Elementwise(Rule):
@@ -152,4 +152,4 @@ register(ELEMENTWISE, operator.neg, operator.abs, operator.pos, operator.invert)
 register(ELEMENTWISE, stochastic_depth, StochasticDepth)
 register(PerChannel("weight", size="num_parameters"), nn.PReLU, F.prelu, torch.prelu, "prelu")
 register(Glimpse(), "size", "numel", "nelement", "dim", "is_floating_point", "get_device")
-register(Glimpse(), getattr, length, rounded, assume)
+register(Glimpse(), getattr, length, rounded, truncated, of_numpy, assume)

@@ -1,0 +1,153 @@
+"""`int` and `len` of sizes leave them free, and what names them otherwise as it is."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import pickle
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from rbpfx.errors import GuardError
+from rbpfx.graph.capture import trace
+from rbpfx.graph.values import assume
+
+
+def reversed_windows(windows: Tensor, size: int, height: int, width: int) -> Tensor:
+    """As in Microsoft's Swin transformer."""
+    examples = int(windows.shape[0] / (height * width / size / size))
+    x = windows.view(examples, height // size, width // size, size, size, -1)
+    return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(examples, height, width, -1)
+
+
+def swin(x: Tensor) -> Tensor:
+    return reversed_windows(torch.cat([x, x + 1, x - 1, x * 2]), 3, 6, 6)
+
+
+def expanded(x: Tensor) -> Tensor:
+    return x + torch.ones(1, 3).expand(len(x), 3, 3)
+
+
+def counted(x: Tensor) -> Tensor:
+    return x.view(int(x.size(0)), -1) + torch.arange(len(x)).unsqueeze(1)
+
+
+def halved(x: Tensor) -> Tensor:
+    return x[: int(math.sqrt(x.shape[0])), : int(len(x) * 0.5)]
+
+
+def nested(x: Tensor) -> Tensor:
+    def tokens() -> int:
+        return len(x) * int(x.shape[1])
+
+    return x.reshape(tokens(), *[int(size) for size in x.shape[2:]])
+
+
+def of_both_kinds(x: Tensor) -> Tensor:
+    size = int(x.shape[0])
+    kind = float if not isinstance(size, int) else torch.float64
+    return x.reshape(size, -1).to(kind)
+
+
+CONVERSIONS = [swin, expanded, counted, halved, nested]
+
+
+class Model(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+def guards(gm: nn.Module) -> int:
+    assert isinstance(gm, fx.GraphModule)
+    return sum(n.target is assume for n in gm.graph.nodes)
+
+
+@pytest.mark.parametrize("function", CONVERSIONS, ids=lambda f: f.__name__)
+def test_sizes_stay_free(function: Any) -> None:
+    codes = function.__code__, reversed_windows.__code__
+    gm = trace(Model(function), torch.randn(4, 3, 3))
+    assert (function.__code__, reversed_windows.__code__) == codes
+    assert not guards(gm)
+    for graph in (gm, pickle.loads(pickle.dumps(gm))):
+        for examples in (1, 4, 7):
+            x = torch.randn(examples, 3, 3)
+            assert torch.equal(graph(x), function(x))
+
+
+def test_a_name_that_is_not_only_called_is_left_alone() -> None:
+    gm = trace(Model(of_both_kinds), torch.randn(4, 3, 3))
+    assert gm(torch.randn(4, 3, 3)).dtype == torch.float64
+    with pytest.raises(GuardError, match=r"size = int\(x.shape\[0\]\)"):
+        gm(torch.randn(5, 3, 3))
+
+
+def test_names_of_ones_own_are_left_alone() -> None:
+    space: dict[str, Any] = {"int": lambda size: 2, "len": lambda x: 3}
+    exec("def function(x): return x.view(int(x.shape[0]), -1)[:, :len(x)]", space)
+    x = torch.randn(2, 6)
+    assert torch.equal(trace(Model(space["function"]), x)(x), x[:, :3])
+
+
+TABLE = {4: 1.0}
+
+
+def test_where_only_a_number_will_do_it_is_guarded() -> None:
+    def looked_up(x: Tensor) -> Tensor:
+        return x * TABLE[int(x.shape[0])] + (1 if len(x) in {4, 5} else 0)
+
+    gm = trace(Model(looked_up), torch.ones(4, 2))
+    assert torch.equal(gm(torch.ones(4, 2)), torch.full((4, 2), 2.0))
+    with pytest.raises(GuardError, match="is 4; for this input it is 5"):
+        gm(torch.ones(5, 2))
+
+
+def test_a_failure_that_conversions_cause_is_none() -> None:
+    class Wants(int):
+        def __new__(cls, value: Any) -> Wants:
+            assert type(value) is int
+            return super().__new__(cls, value)
+
+    gm = trace(Model(lambda x: x * Wants(int(x.shape[0]))), torch.ones(4, 2))
+    assert guards(gm) == 1
+
+
+def test_nothing_stays_led_elsewhere_after_a_failure() -> None:
+    def fails(x: Tensor) -> Tensor:
+        return x.view(len(x), -1) if x.sum() > 0 else x
+
+    code = fails.__code__
+    with pytest.raises(Exception, match="tensor's values"):
+        trace(Model(fails), torch.ones(2, 3))
+    assert fails.__code__ is code
+    assert builtins.len([1]) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x / numpy.sqrt(x.shape[0]),
+        lambda x: x * numpy.power(x.size(0), 0.5) + numpy.float64(0.5) * x,
+        lambda x: x[: int(numpy.ceil(x.shape[0] / 2))],
+        lambda x: x.view(x.shape[0], numpy.prod(x.shape[1:])),
+    ],
+)
+def test_numbers_of_numpy(function: Any) -> None:
+    gm = trace(Model(function), torch.randn(4, 3, 3))
+    assert not guards(gm)
+    for examples in (1, 4, 7):
+        x = torch.randn(examples, 3, 3)
+        torch.testing.assert_close(gm(x), function(x))
+
+
+def test_constants_of_numpy_are_plain_numbers() -> None:
+    scale, size = numpy.sqrt(16.0), numpy.int64(3)
+    gm = trace(Model(lambda x: (x * scale).view(-1, size)[:, :size]), torch.ones(2, 3))
+    assert torch.equal(gm(torch.ones(4, 3)), torch.full((4, 3), 4.0))
