@@ -63,7 +63,8 @@ class CompiledNetwork(nn.Module):
 
     def _compile(self) -> None:
         # Freezing lays the weights out for the kernels. It needs gradients to be off.
-        self._compiled = torch.compile(self.network, options={"freezing": True})
+        # No submodule: the state would hold all weights twice.
+        self.__dict__["_compiled"] = torch.compile(self.network, options={"freezing": True})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's result."""
@@ -204,7 +205,7 @@ def plain_form(model: nn.Module) -> nn.Module:
             return plain
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, plain)
-    return network
+    return network.requires_grad_(False)
 
 
 def _without_unused(gm: fx.GraphModule) -> fx.GraphModule:

@@ -352,6 +352,46 @@ def test_packed_networks_are_saved_and_loaded() -> None:
     assert count(deploy(deployed, x, packed=False), PackedLayer) == 0
 
 
+def packed_pair() -> tuple[nn.Module, Tensor]:
+    x = torch.randn(IMAGE)
+    return deploy(network([nn.Conv2d(4, 6, 3), nn.Flatten(2), nn.Linear(16, 5)]), x), x
+
+
+@pytest.mark.usefixtures("everything_packed")
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "2.bias"])
+def test_missing_and_wrongly_shaped_weights_are_reported(name: str) -> None:
+    deployed, x = packed_pair()
+    expected, state = deployed(x), deployed.state_dict()
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        deployed.load_state_dict({n: v for n, v in state.items() if n != name})
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        deployed.load_state_dict({**state, name: torch.cat([state[name]] * 2)})
+    assert deployed.load_state_dict({}, strict=False).missing_keys == list(state)
+    assert torch.equal(deployed(x), expected)
+
+
+@pytest.mark.usefixtures("everything_packed")
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_activation_can_be_pickled(activation: nn.Module, packed: bool) -> None:
+    x = torch.randn(IMAGE)
+    deployed = deploy(network([nn.Conv2d(4, 6, 3), activation]), x, packed=packed)
+    assert torch.equal(pickle.loads(pickle.dumps(deployed))(x), deployed(x))
+
+
+@pytest.mark.usefixtures("everything_packed")
+def test_gradients_are_not_lost_silently() -> None:
+    deployed, x = packed_pair()
+    x.requires_grad_()
+    with pytest.raises(InputError, match="packed=False"):
+        deployed(x)
+    with torch.no_grad():
+        expected = deployed(x)
+    plain = deploy(deployed, x.detach(), packed=False)
+    plain(x).sum().backward()
+    assert x.grad is not None and difference(expected, plain(x)) < 1e-5
+
+
 # -- whole networks -----------------------------------------------------------------------
 
 
@@ -395,6 +435,14 @@ def test_detectors_are_deployed_part_by_part() -> None:
     assert count(deployed.backbone, nn.BatchNorm2d) == 0
     with torch.no_grad():
         assert len(deployed([*images, *images])) == 2
+
+
+def test_the_state_of_a_compiled_network_holds_everything_once() -> None:
+    model, x = network([nn.Linear(4, 6), nn.ReLU()]), torch.randn(3, 4)
+    compiled = deploy(model, x, compile=True)
+    assert list(compiled.state_dict()) == ["network.0.weight", "network.0.bias"]
+    assert len(list(compiled.parameters())) == 2
+    copy.deepcopy(compiled).load_state_dict(compiled.state_dict())
 
 
 @pytest.mark.slow
