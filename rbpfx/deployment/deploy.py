@@ -8,17 +8,19 @@ float64, the result once more in its own type.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from rbpfx.deployment.constants import fold_constants, make_layers
 from rbpfx.deployment.folding import fold_affine
 from rbpfx.deployment.inplace import work_in_place
-from rbpfx.deployment.nodes import module_calls, module_of
+from rbpfx.deployment.nodes import copied, module_calls, module_of
 from rbpfx.deployment.packing import PackedLayer, pack, unpack
 from rbpfx.deployment.specialize import specialize
 from rbpfx.errors import InputError, VerificationError
@@ -32,6 +34,7 @@ from rbpfx.graph.verification import (
     in_double,
     inputs_like,
     largest_difference,
+    name_finer_type,
     verify,
 )
 from rbpfx.surroundings import usual_modes
@@ -54,6 +57,8 @@ class CompiledNetwork(nn.Module):
     Attributes:
         network: The deployed network.
     """
+
+    _compiled: Callable[..., Any]
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -139,9 +144,9 @@ def deploy(
     error = verify(reference, plain_form(reference), example_inputs)
     _require(error, TOLERANCE, torch.float64)
 
-    dtype = dtype or _type_of(model)
     network = lowered(model, example_inputs, dtype, channels_last, packed and not compile, compile)
     error = _difference_on_random_inputs(model, network, example_inputs)
+    dtype = dtype or _coarsest_type(model)
     _require(error, TOLERANCES.get(dtype, TOLERANCE) if tolerance is None else tolerance, dtype)
     return CompiledNetwork(network) if compile else network
 
@@ -159,16 +164,16 @@ def lowered(
     Args:
         model: A captured network without packed layers.
         example_inputs: See `deploy`, also for the others.
-        dtype: The type to compute in.
+        dtype: The type to compute in; by default the types that the weights have.
         channels_last: Whether weights lie with the channels last.
         packed: Whether layers are packed that gain from it.
         compile: Whether a compiler comes next, which does the rest.
     """
     network = plain_form(model)
     note_inputs(network, example_inputs)
-    own = _type_of(network)
+    converts = dtype is not None and _types_of(network) != {dtype}
     for part in captured_parts(network).values():
-        if dtype is not None and dtype is not own:
+        if dtype is not None and converts:
             _convert(part, dtype)
         if channels_last:
             _lay_out(part)
@@ -218,9 +223,15 @@ def _without_unused(gm: fx.GraphModule) -> fx.GraphModule:
     return result.eval().requires_grad_(False)
 
 
-def _type_of(network: nn.Module) -> torch.dtype:
+def _types_of(network: nn.Module) -> set[torch.dtype]:
+    """The floating point types of the weights."""
     tensors = itertools.chain(network.parameters(), network.buffers())
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    return {t.dtype for t in tensors if t.is_floating_point()} or {torch.float32}
+
+
+def _coarsest_type(network: nn.Module) -> torch.dtype:
+    """The type of some weights that bounds how exact results are."""
+    return max(_types_of(network), key=lambda dtype: TOLERANCES.get(dtype, 0.0))
 
 
 def _convert(gm: fx.GraphModule, dtype: torch.dtype) -> None:
@@ -230,21 +241,59 @@ def _convert(gm: fx.GraphModule, dtype: torch.dtype) -> None:
         InputError: An operator does not take the type.
     """
     gm.to(dtype)
+    entries = _entries(gm)
     for node in list(gm.graph.nodes):
-        if node.op == "placeholder" and _is_floating(node) and node.users:
+        name_finer_type(node, dtype)
+        if node in entries and node.users:
             with gm.graph.inserting_after(node):
                 cast = gm.graph.call_method("to", (node, dtype))
             node.replace_all_uses_with(cast, lambda user, cast=cast: user is not cast)
         elif node.op == "output":
             with gm.graph.inserting_before(node):
-                node.args = map_arg(node.args, _cast_back)
-    record_metadata(gm)
+                node.args = map_arg(node.args, lambda n: _cast_back(n, n.meta.get("val")))
+    for node in reversed(list(gm.graph.nodes)):
+        if isinstance(node.target, type) and not node.users:
+            gm.graph.erase_node(node)  # made anew, of what was cast
+    try:
+        record_metadata(gm)
+    except InputError as error:
+        raise InputError(
+            f"the deployed network does not run in {dtype}: {error}. Deploy it with dtype=None, or "
+            "let its code name no types."
+        ) from error
 
 
-def _cast_back(node: fx.Node) -> fx.Node:
-    if not _is_floating(node):
-        return node
-    return node.graph.call_method("to", (node, node.meta["val"].dtype))
+def _entries(gm: fx.GraphModule) -> set[fx.Node]:
+    """Floating point inputs, and what is taken out of lists and mappings that are inputs."""
+    containers: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        is_taken = node.all_input_nodes and containers.issuperset(node.all_input_nodes)
+        if node.op == "output" or not (node.op == "placeholder" or is_taken):
+            continue
+        value = node.meta.get("val")
+        if _is_floating(node):
+            found.add(node)
+        elif not isinstance(value, Tensor):
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                containers.add(node)
+    return found
+
+
+def _cast_back(node: fx.Node, value: Any) -> Any:
+    """What a node computes, as an argument, with the types of the value that it had."""
+    graph = node.graph
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return graph.call_method("to", (node, value.dtype))
+    if type(value) in (tuple, list):
+        parts = enumerate(value)
+        return type(value)(
+            _cast_back(graph.call_function(operator.getitem, (node, i)), v) for i, v in parts
+        )
+    if isinstance(node.target, type):  # a named tuple, a dataclass, a ModelOutput
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _cast_back(n, n.meta.get("val")))
+        return copied(graph.call_function(node.target, tuple(args), dict(kwargs)), node)
+    return node
 
 
 def _is_floating(node: fx.Node) -> bool:

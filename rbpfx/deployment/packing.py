@@ -242,6 +242,8 @@ def _require_no_gradients(*inputs: Tensor | None) -> None:
 def _can_pack(layer: nn.Linear | nn.Conv2d, node: fx.Node) -> bool:
     if layer.weight.device.type != "cpu" or not can_pack(layer.weight.dtype):
         return False
+    if node.all_input_nodes[0].meta["val"].dtype != layer.weight.dtype:
+        return False
     if isinstance(layer, nn.Linear):
         return True
     return node.meta["val"].ndim == 4 and _padding(layer) is not None

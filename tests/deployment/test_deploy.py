@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -418,6 +419,101 @@ def test_deployed_twice_and_in_another_type() -> None:
     assert 1e-6 < difference(in_eval(model, (x,)), result) < 0.05
     assert difference(result, deploy(deployed, x)(x)) < 0.05
     assert difference(in_eval(model, (x,)), deploy(deploy(model, x), x)(x)) < 1e-5
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    rest: Any
+
+
+@dataclass
+class Record:
+    value: Tensor
+    name: str = "record"
+
+
+class Structured(nn.Module):
+    """Results in containers of all kinds, from inputs in others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, batch: dict[str, Any], scale: list[Tensor]) -> Any:
+        x = self.linear(batch["nested"]["x"]) * scale[0]
+        return {
+            "pair": Pair(x, [x, Record(self.linear(x))]),
+            "halves": torch.split(x, 2, 1),
+            "index": batch["index"],
+        }
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Record):
+        return [value.value]
+    children = value.values() if isinstance(value, dict) else value
+    return [value] if isinstance(value, Tensor) else [t for v in children for t in tensors_in(v)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_containers_in_another_type(dtype: torch.dtype) -> None:
+    batch = {"nested": {"x": torch.randn(3, 4)}, "index": torch.arange(3)}
+    inputs = (batch, [torch.tensor(2.0)])
+    model = network([Structured()])[0]  # type: ignore[index]
+    deployed = deploy(model, inputs, dtype=dtype)
+    with torch.no_grad():
+        expected, result = model(*inputs), deployed(*inputs)
+    assert deployed.linear.weight.dtype == dtype
+    assert isinstance(result["pair"], Pair) and isinstance(result["pair"].rest[1], Record)
+    pairs = list(zip(tensors_in(expected), tensors_in(result), strict=True))
+    assert len(pairs) == 6 and all(a.dtype == b.dtype for a, b in pairs)
+    assert all(difference(a, b) < 0.05 for a, b in pairs)
+
+
+class MixedPrecision(nn.Module):
+    """A normalisation in float32, all that follows in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.body = nn.Sequential(nn.Linear(16, 32, bias=False), nn.BatchNorm1d(32)).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.norm(x).bfloat16()).float()
+
+
+def types_of(model: nn.Module) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in model.state_dict().values()}
+
+
+def test_mixed_precision() -> None:
+    model, x = MixedPrecision(), torch.randn(64, 16)
+    randomize(model)
+    model.eval()
+    deployed = deploy(model, x)  # folding rounds in bfloat16, by far more than 1e-3
+    assert types_of(deployed) == {torch.float32, torch.bfloat16}
+    for dtype in (torch.float32, torch.bfloat16):
+        deployed = deploy(model, x, dtype=dtype, tolerance=0.2, packed=False)
+        assert types_of(deployed) - {torch.long} == {dtype}
+        assert deployed(x).dtype == torch.float32
+
+
+class Insistent(nn.Module):
+    """Code that names a type which its weights need."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(torch.float32))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(4, 4, 3), nn.GRU(6, 6)], ids=str)
+def test_code_that_names_a_type(layer: nn.Module) -> None:
+    shape = IMAGE if isinstance(layer, nn.Conv2d) else (2, 4, 6)
+    with pytest.raises(InputError, match=r"does not run.*dtype=None"):
+        deploy(Insistent(layer), torch.randn(shape), dtype=torch.bfloat16)
 
 
 def test_no_gradients() -> None:
