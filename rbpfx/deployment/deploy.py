@@ -8,17 +8,19 @@ float64, the result once more in its own type.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from rbpfx.deployment.constants import fold_constants, make_layers
 from rbpfx.deployment.folding import fold_affine
 from rbpfx.deployment.inplace import work_in_place
-from rbpfx.deployment.nodes import module_calls, module_of
+from rbpfx.deployment.nodes import copied, module_calls, module_of
 from rbpfx.deployment.packing import PackedLayer, pack, unpack
 from rbpfx.deployment.specialize import specialize
 from rbpfx.errors import InputError, VerificationError
@@ -32,6 +34,7 @@ from rbpfx.graph.verification import (
     in_double,
     inputs_like,
     largest_difference,
+    name_finer_type,
     verify,
 )
 from rbpfx.surroundings import usual_modes
@@ -55,6 +58,8 @@ class CompiledNetwork(nn.Module):
         network: The deployed network.
     """
 
+    _compiled: Callable[..., Any]
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -63,7 +68,8 @@ class CompiledNetwork(nn.Module):
 
     def _compile(self) -> None:
         # Freezing lays the weights out for the kernels. It needs gradients to be off.
-        self._compiled = torch.compile(self.network, options={"freezing": True})
+        # No submodule: the state would hold all weights twice.
+        self.__dict__["_compiled"] = torch.compile(self.network, options={"freezing": True})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's result."""
@@ -138,11 +144,10 @@ def deploy(
     error = verify(reference, plain_form(reference), example_inputs)
     _require(error, TOLERANCE, torch.float64)
 
-    own = _type_of(model)
-    dtype = dtype or own
     network = lowered(model, example_inputs, dtype, channels_last, packed and not compile, compile)
     error = _difference_on_random_inputs(model, network, example_inputs)
-    coarser = max(own, dtype, key=_rounding)  # both round, the model and the result
+    own = _coarsest_type(model)
+    coarser = max(own, dtype or own, key=_rounding)  # both round, the model and the result
     _require(error, _rounding(coarser) if tolerance is None else tolerance, coarser)
     return CompiledNetwork(network) if compile else network
 
@@ -160,16 +165,16 @@ def lowered(
     Args:
         model: A captured network without packed layers.
         example_inputs: See `deploy`, also for the others.
-        dtype: The type to compute in.
+        dtype: The type to compute in; by default the types that the weights have.
         channels_last: Whether weights lie with the channels last.
         packed: Whether layers are packed that gain from it.
         compile: Whether a compiler comes next, which does the rest.
     """
     network = plain_form(model)
     note_inputs(network, example_inputs)
-    own = _type_of(network)
+    converts = dtype is not None and _types_of(network) != {dtype}
     for part in captured_parts(network).values():
-        if dtype is not None and dtype is not own:
+        if dtype is not None and converts:
             _convert(part, dtype)
         if channels_last:
             _lay_out(part)
@@ -206,7 +211,7 @@ def plain_form(model: nn.Module) -> nn.Module:
             return plain
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, plain)
-    return network
+    return network.requires_grad_(False)
 
 
 def _without_unused(gm: fx.GraphModule) -> fx.GraphModule:
@@ -219,9 +224,15 @@ def _without_unused(gm: fx.GraphModule) -> fx.GraphModule:
     return result.eval().requires_grad_(False)
 
 
-def _type_of(network: nn.Module) -> torch.dtype:
+def _types_of(network: nn.Module) -> set[torch.dtype]:
+    """The floating point types of the weights."""
     tensors = itertools.chain(network.parameters(), network.buffers())
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+    return {t.dtype for t in tensors if t.is_floating_point()} or {torch.float32}
+
+
+def _coarsest_type(network: nn.Module) -> torch.dtype:
+    """The type of some weights that bounds how exact results are."""
+    return max(_types_of(network), key=_rounding)
 
 
 def _rounding(dtype: torch.dtype) -> float:
@@ -235,9 +246,11 @@ def _convert(gm: fx.GraphModule, dtype: torch.dtype) -> None:
         InputError: An operator does not take the type.
     """
     gm.to(dtype)
+    entries = _entries(gm)
     for node in list(gm.graph.nodes):
-        if node.op == "placeholder" and _is_floating(node):
-            computed = [user for user in node.users if user.op != "output"]
+        name_finer_type(node, dtype)
+        if node in entries:
+            computed = [user for user in node.users if not _is_result(user)]
             if not computed:
                 continue
             with gm.graph.inserting_after(node):
@@ -246,14 +259,57 @@ def _convert(gm: fx.GraphModule, dtype: torch.dtype) -> None:
                 user.replace_input_with(node, cast)
         elif node.op == "output":
             with gm.graph.inserting_before(node):
-                node.args = map_arg(node.args, _cast_back)
-    record_metadata(gm)
+                node.args = map_arg(node.args, lambda n: _cast_back(n, n.meta.get("val")))
+    for node in reversed(list(gm.graph.nodes)):
+        if isinstance(node.target, type) and not node.users:
+            gm.graph.erase_node(node)  # made anew, of what was cast
+    try:
+        record_metadata(gm)
+    except InputError as error:
+        raise InputError(
+            f"the deployed network does not run in {dtype}: {error}. Deploy it with dtype=None, or "
+            "let its code name no types."
+        ) from error
 
 
-def _cast_back(node: fx.Node) -> fx.Node:
-    if not _is_floating(node) or node.op == "placeholder":
+def _entries(gm: fx.GraphModule) -> set[fx.Node]:
+    """Floating point inputs, and what is taken out of lists and mappings that are inputs."""
+    containers: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        is_taken = node.all_input_nodes and containers.issuperset(node.all_input_nodes)
+        if node.op == "output" or not (node.op == "placeholder" or is_taken):
+            continue
+        value = node.meta.get("val")
+        if _is_floating(node):
+            found.add(node)
+        elif not isinstance(value, Tensor):
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                containers.add(node)
+    return found
+
+
+def _cast_back(node: fx.Node, value: Any) -> Any:
+    """What a node computes, as an argument, with the types of the value that it had."""
+    graph = node.graph
+    if node.op == "placeholder":
         return node
-    return node.graph.call_method("to", (node, node.meta["val"].dtype))
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return graph.call_method("to", (node, value.dtype))
+    if type(value) in (tuple, list):
+        parts = enumerate(value)
+        return type(value)(
+            _cast_back(graph.call_function(operator.getitem, (node, i)), v) for i, v in parts
+        )
+    if isinstance(node.target, type):
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _cast_back(n, n.meta.get("val")))
+        return copied(graph.call_function(node.target, tuple(args), dict(kwargs)), node)
+    return node
+
+
+def _is_result(node: fx.Node) -> bool:
+    """Whether a node is the output, or makes a named tuple, a dataclass, a ModelOutput."""
+    return node.op == "output" or isinstance(node.target, type)
 
 
 def _is_floating(node: fx.Node) -> bool:

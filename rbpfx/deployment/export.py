@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rbpfx.deployment.deploy import captured, plain_form
+from rbpfx.deployment.onnx_names import name_values, output_names
 from rbpfx.errors import ExportError, VerificationError
 from rbpfx.files import written_aside
 from rbpfx.graph.capture import ExampleInputs, bind_inputs
@@ -46,7 +48,8 @@ def export(
 ) -> float:
     """Write a network to a file for another runtime, which the suffix names.
 
-    * `.onnx`: by `torch.onnx.export(dynamo=True)`, for onnxruntime and others.
+    * `.onnx`: by `torch.onnx.export(dynamo=True)`, for onnxruntime and others. Outputs have the
+      names that the result gives them (keys, fields), else "output", "output_1" and so on.
     * `.aoti.pt2`: machine code for this kind of machine by AOTInductor, for
       `torch._inductor.aoti_load_package` and for C++.
     * `.pt2` otherwise: by `torch.export.save`, for `torch.export.load(path).module()`.
@@ -55,7 +58,7 @@ def export(
         model: A network from `rbpfx.deploy`, or any other: it is captured, put into eval mode and
             folded, as `deploy` does. Packed layers are exported in their plain form.
         example_inputs: What it is called with. The first axis of every tensor that has the size
-            of the batch is free.
+            of the batch is free. A mapping makes the arguments of the file keyword arguments.
         path: Where to write; an existing file is replaced when the new one has passed.
         tolerance: How far results of the file may be from the network's, relative to the largest.
 
@@ -64,8 +67,8 @@ def export(
         batch sizes.
 
     Raises:
-        ExportError: The suffix names no format, a package or a compiler is missing, or the network
-            cannot be exported.
+        ExportError: The suffix names no format, `path` is a directory, a package or a compiler is
+            missing, or the network cannot be exported.
         VerificationError: The file computes something else.
     """
     path = Path(path)
@@ -76,6 +79,8 @@ def export(
         raise ExportError(
             f"no format is known for {path.name!r}; name the file *{', *'.join(_FORMATS)}"
         )
+    if path.is_dir():
+        raise ExportError(f"{path} is a directory; name a file to write")
     network = plain_form(captured(model, example_inputs))
     if "" not in captured_parts(network):
         raise ExportError(
@@ -85,8 +90,9 @@ def export(
     inputs = bind_inputs(network, example_inputs)
     device = device_of(network)
     inputs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
+    source = _Source(network, inputs, isinstance(example_inputs, Mapping))
     with written_aside(path) as file, torch.no_grad():
-        run = write(network, inputs, file)
+        run = write(source, file)
         error = max(
             _difference(network, run, _with_batch(inputs, size))
             for size in (_TRACED_BATCH, _OTHER_BATCH)
@@ -97,6 +103,36 @@ def export(
                 f"{tolerance:.0e}); it was not written."
             )
     return error
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported: a network, its inputs by name, and whether it is called by name."""
+
+    network: nn.Module
+    inputs: Inputs
+    by_name: bool
+
+    def arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], Inputs]:
+        return ((), inputs) if self.by_name else (tuple(inputs.values()), {})
+
+    def running(self, called: Callable[..., Any]) -> Run:
+        def run(given: Inputs) -> Any:
+            args, kwargs = self.arguments(given)
+            return called(*args, **kwargs)
+
+        return run
+
+
+class _Forward(nn.Module):
+    """A graph module as torch.export takes any module: its results are plain dicts then."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        for name in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[name] = network.__dict__[name]
+        self.forward = network.forward
+        self.training = False
 
 
 def _difference(network: nn.Module, run: Run, inputs: Inputs) -> float:
@@ -124,14 +160,14 @@ def _with_batch(inputs: Inputs, size: int) -> Inputs:
     return resized_inputs
 
 
-def _program(network: nn.Module, inputs: Inputs) -> ExportedProgram:
+def _program(source: _Source) -> ExportedProgram:
     """The network as an exported program with a free batch size.
 
     Raises:
         ExportError: torch.export cannot, or the batch size would not stay free.
     """
-    batch = count_examples(inputs)
-    traced = tuple(_with_batch(inputs, _TRACED_BATCH).values())
+    batch = count_examples(source.inputs)
+    args, kwargs = source.arguments(_with_batch(source.inputs, _TRACED_BATCH))
 
     def shape(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -140,45 +176,65 @@ def _program(network: nn.Module, inputs: Inputs) -> ExportedProgram:
 
     try:
         return torch.export.export(
-            network, traced, dynamic_shapes=tree_map(shape, tuple(inputs.values())), strict=False
+            _Forward(source.network),
+            args,
+            kwargs,
+            dynamic_shapes=tree_map(shape, source.inputs),
+            strict=False,
         )
     except Exception as error:
         raise ExportError(f"torch.export cannot export the network: {error}") from error
 
 
-def _write_program(network: nn.Module, inputs: Inputs, file: Path) -> Run:
-    torch.export.save(_program(network, inputs), file)
+def _write_program(source: _Source, file: Path) -> Run:
+    program = _program(source)
+    try:
+        torch.export.save(program, file)
+    except Exception as error:
+        raise ExportError(
+            f"torch.export cannot save the network: {error} Files hold networks whose inputs and "
+            "results are tensors, tuples, lists and dicts: let the forward return one of these."
+        ) from error
     with torch.device("cpu"):  # torch reads the file's bytes there, and makes the rest by default
         module = torch.export.load(file).module()
-    return lambda given: module(*given.values())
+    return source.running(module)
 
 
-def _write_onnx(network: nn.Module, inputs: Inputs, file: Path) -> Run:
+def _write_onnx(source: _Source, file: Path) -> Run:
     onnxruntime = _imported("onnxruntime")
     for package in ("onnx", "onnxscript"):
         _imported(package)
-    program = _program(network, inputs)
+    if any(t.dtype == torch.bfloat16 for t in source.network.state_dict().values()):
+        raise ExportError(
+            "onnxruntime has no bfloat16 kernels on CPUs, so that the file could not be checked; "
+            "export the network in float32, or rbpfx.deploy(..., dtype=torch.float16)"
+        )
+    program = _program(source)
+    names = output_names(source.network(**source.inputs))
     try:
-        torch.onnx.export(program, f=str(file), dynamo=True, external_data=False, verbose=False)
+        exported = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert exported is not None
+        name_values(exported.model, names)
+        exported.save(str(file), external_data=False)
     except Exception as error:
         raise ExportError(f"torch.onnx cannot export the network: {error}") from error
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
+    arguments = [entry.name for entry in session.get_inputs()]
 
     def run(given: Inputs) -> Any:
         tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
         arrays = [tensor.cpu().numpy() for tensor in tensors]
-        results = session.run(None, dict(zip(names, arrays, strict=True)))
+        results = session.run(None, dict(zip(arguments, arrays, strict=True)))
         return [torch.from_numpy(result) for result in results]
 
     return run
 
 
-def _write_aoti(network: nn.Module, inputs: Inputs, file: Path) -> Run:
+def _write_aoti(source: _Source, file: Path) -> Run:
     from torch._inductor import aoti_compile_and_package, aoti_load_package
     from torch._inductor.exc import InvalidCxxCompiler
 
-    program = _program(network, inputs)
+    program = _program(source)
     try:
         aoti_compile_and_package(program, package_path=str(file))
     except InvalidCxxCompiler as error:
@@ -188,11 +244,10 @@ def _write_aoti(network: nn.Module, inputs: Inputs, file: Path) -> Run:
         ) from error
     except Exception as error:
         raise ExportError(f"AOTInductor cannot compile the network: {error}") from error
-    compiled = aoti_load_package(str(file))
-    return lambda given: compiled(*given.values())
+    return source.running(aoti_load_package(str(file)))
 
 
-_FORMATS: dict[str, Callable[[nn.Module, Inputs, Path], Run]] = {
+_FORMATS: dict[str, Callable[[_Source, Path], Run]] = {
     ".onnx": _write_onnx,
     ".aoti.pt2": _write_aoti,
     ".pt2": _write_program,

@@ -8,6 +8,7 @@ and know no gradients; `unpack` brings the plain graph back, for exports, conver
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from rbpfx.deployment.nodes import (
     set_module,
     with_weights,
 )
+from rbpfx.errors import InputError
 from rbpfx.graph.calls import modifies_in_place
 from rbpfx.latency.operators import Call, Operator, OperatorTimes, filled
 
@@ -77,9 +79,14 @@ class PackedLayer(nn.Module):
         destination[prefix + "weight"] = self.weight.to_dense()
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        if prefix + "weight" in state:
-            self.weight = self._packed(state.pop(prefix + "weight"))
+        # As a buffer, so that torch tells of missing and wrongly shaped weights.
+        dense = self.weight.to_dense()
+        del self.weight
+        self.register_buffer("weight", dense)
         super()._load_from_state_dict(state, prefix, *rest)
+        loaded = self._buffers.pop("weight")
+        assert loaded is not None
+        self.weight = self._packed(loaded)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "weight": self.weight.to_dense()}
@@ -98,6 +105,7 @@ class PackedLinear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
+        _require_no_gradients(x)
         layer = (self.weight, self.bias)
         result: Tensor = _LINEAR.default(x, *layer, *self._post_operation())
         return result
@@ -125,6 +133,7 @@ class PackedConv2d(PackedLayer):
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """(N, in, H, W) to (N, out, H', W'); `other` is added to it."""
+        _require_no_gradients(x, other)
         x = x.contiguous(memory_format=torch.channels_last)
         layer = (self.weight, self.bias, *self.settings)
         if other is None:
@@ -217,8 +226,23 @@ def can_pack(dtype: torch.dtype) -> bool:
     return bool(dtype == torch.float32 or has_bfloat16)
 
 
+def _require_no_gradients(*inputs: Tensor | None) -> None:
+    """Refuse what torch only warns of: gradients that never arrive.
+
+    Raises:
+        InputError: A gradient would have to pass.
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise InputError(
+            "no gradients pass through packed layers, and an input asks for them. Deploy the "
+            "network with packed=False; or call it under torch.no_grad() if none are needed."
+        )
+
+
 def _can_pack(layer: nn.Linear | nn.Conv2d, node: fx.Node) -> bool:
     if layer.weight.device.type != "cpu" or not can_pack(layer.weight.dtype):
+        return False
+    if node.all_input_nodes[0].meta["val"].dtype != layer.weight.dtype:
         return False
     if isinstance(layer, nn.Linear):
         return True
@@ -279,7 +303,8 @@ def _fuse_activation(gm: fx.GraphModule, node: fx.Node) -> None:
     if user is None or activation is None or activation.name not in fused:
         return
     assert isinstance(packed, PackedLayer)
-    packed.activation = activation
+    # Nothing works in place in there, and torch's own in-place operators cannot be pickled.
+    packed.activation = dataclasses.replace(activation, in_place=None)
     replace(user, node)
 
 

@@ -27,6 +27,7 @@ from rbpfx.surroundings import usual_modes
 
 TOLERANCE = 1e-9
 DRAWS = 3
+_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @usual_modes()
@@ -237,10 +238,7 @@ def in_double(network: nn.Module) -> nn.Module:
                 part.graph.erase_node(node)  # it may hold for the coarser type only
             if not isinstance(node.meta.get("val"), Tensor):
                 continue  # a question about a type
-            node.args = map_aggregate(node.args, _finest)
-            node.kwargs = map_aggregate(node.kwargs, _finest)
-            if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
-                node.target = "double"
+            name_finer_type(node, torch.float64)
             if node.op in ("call_function", "call_method") and _is_of_default_dtype(node):
                 with part.graph.inserting_after(node):
                     double = part.graph.call_method("double", (node,))
@@ -248,6 +246,22 @@ def in_double(network: nn.Module) -> nn.Module:
                 node.replace_all_uses_with(double, lambda user, double=double: user is not double)
         part.recompile()
     return network
+
+
+def name_finer_type(node: fx.Node, dtype: torch.dtype) -> None:
+    """Let a node that makes a tensor name a floating point type where it names a coarser one."""
+
+    def finer(value: Any) -> Any:
+        is_coarse = isinstance(value, torch.dtype) and value.is_floating_point
+        return dtype if is_coarse and value.itemsize <= dtype.itemsize else value
+
+    if not isinstance(node.meta.get("val"), Tensor):
+        return  # a question about a type
+    node.args = map_aggregate(node.args, finer)
+    node.kwargs = map_aggregate(node.kwargs, finer)
+    named = _METHODS.get(str(node.target)) if node.op == "call_method" else None
+    if named is not None and finer(named) is dtype:
+        node.target, node.args = "to", (*node.args, dtype)
 
 
 def _is_of_default_dtype(node: fx.Node) -> bool:
@@ -269,11 +283,6 @@ class _InDouble(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         is_coarse = isinstance(result, Tensor) and result.is_floating_point()
         return result.double() if is_coarse else result
-
-
-def _finest(value: Any) -> Any:
-    is_coarse = isinstance(value, torch.dtype) and value.is_floating_point
-    return torch.float64 if is_coarse else value
 
 
 def _draw_like(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,8 @@ import copy
 import itertools
 import pickle
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -354,6 +355,46 @@ def test_packed_networks_are_saved_and_loaded() -> None:
     assert count(deploy(deployed, x, packed=False), PackedLayer) == 0
 
 
+def packed_pair() -> tuple[nn.Module, Tensor]:
+    x = torch.randn(IMAGE)
+    return deploy(network([nn.Conv2d(4, 6, 3), nn.Flatten(2), nn.Linear(16, 5)]), x), x
+
+
+@pytest.mark.usefixtures("everything_packed")
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "2.bias"])
+def test_missing_and_wrongly_shaped_weights_are_reported(name: str) -> None:
+    deployed, x = packed_pair()
+    expected, state = deployed(x), deployed.state_dict()
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+        deployed.load_state_dict({n: v for n, v in state.items() if n != name})
+    with pytest.raises(RuntimeError, match=f"size mismatch for {name}"):
+        deployed.load_state_dict({**state, name: torch.cat([state[name]] * 2)})
+    assert deployed.load_state_dict({}, strict=False).missing_keys == list(state)
+    assert torch.equal(deployed(x), expected)
+
+
+@pytest.mark.usefixtures("everything_packed")
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_every_activation_can_be_pickled(activation: nn.Module, packed: bool) -> None:
+    x = torch.randn(IMAGE)
+    deployed = deploy(network([nn.Conv2d(4, 6, 3), activation]), x, packed=packed)
+    assert torch.equal(pickle.loads(pickle.dumps(deployed))(x), deployed(x))
+
+
+@pytest.mark.usefixtures("everything_packed")
+def test_gradients_are_not_lost_silently() -> None:
+    deployed, x = packed_pair()
+    x.requires_grad_()
+    with pytest.raises(InputError, match="packed=False"):
+        deployed(x)
+    with torch.no_grad():
+        expected = deployed(x)
+    plain = deploy(deployed, x.detach(), packed=False)
+    plain(x).sum().backward()
+    assert x.grad is not None and difference(expected, plain(x)) < 1e-5
+
+
 # -- whole networks -----------------------------------------------------------------------
 
 
@@ -413,6 +454,101 @@ def test_an_input_that_is_returned_stays_as_it_is(dtype: torch.dtype) -> None:
     assert {t.dtype for t in tree_leaves(result)} == {torch.float32}
 
 
+class Pair(NamedTuple):
+    first: Tensor
+    rest: Any
+
+
+@dataclass
+class Record:
+    value: Tensor
+    name: str = "record"
+
+
+class Structured(nn.Module):
+    """Results in containers of all kinds, from inputs in others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, batch: dict[str, Any], scale: list[Tensor]) -> Any:
+        x = self.linear(batch["nested"]["x"]) * scale[0]
+        return {
+            "pair": Pair(x, [x, Record(self.linear(x))]),
+            "halves": torch.split(x, 2, 1),
+            "index": batch["index"],
+        }
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Record):
+        return [value.value]
+    children = value.values() if isinstance(value, dict) else value
+    return [value] if isinstance(value, Tensor) else [t for v in children for t in tensors_in(v)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_containers_in_another_type(dtype: torch.dtype) -> None:
+    batch = {"nested": {"x": torch.randn(3, 4)}, "index": torch.arange(3)}
+    inputs = (batch, [torch.tensor(2.0)])
+    model = network([Structured()])[0]  # type: ignore[index]
+    deployed = deploy(model, inputs, dtype=dtype)
+    with torch.no_grad():
+        expected, result = model(*inputs), deployed(*inputs)
+    assert deployed.linear.weight.dtype == dtype
+    assert isinstance(result["pair"], Pair) and isinstance(result["pair"].rest[1], Record)
+    pairs = list(zip(tensors_in(expected), tensors_in(result), strict=True))
+    assert len(pairs) == 6 and all(a.dtype == b.dtype for a, b in pairs)
+    assert all(difference(a, b) < 0.05 for a, b in pairs)
+
+
+class MixedPrecision(nn.Module):
+    """A normalisation in float32, all that follows in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.body = nn.Sequential(nn.Linear(16, 32, bias=False), nn.BatchNorm1d(32)).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.norm(x).bfloat16()).float()
+
+
+def types_of(model: nn.Module) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in model.state_dict().values()}
+
+
+def test_mixed_precision() -> None:
+    model, x = MixedPrecision(), torch.randn(64, 16)
+    randomize(model)
+    model.eval()
+    deployed = deploy(model, x)  # folding rounds in bfloat16, by far more than 1e-3
+    assert types_of(deployed) == {torch.float32, torch.bfloat16}
+    for dtype in (torch.float32, torch.bfloat16):
+        deployed = deploy(model, x, dtype=dtype, tolerance=0.2, packed=False)
+        assert types_of(deployed) - {torch.long} == {dtype}
+        assert deployed(x).dtype == torch.float32
+
+
+class Insistent(nn.Module):
+    """Code that names a type which its weights need."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(torch.float32))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(4, 4, 3), nn.GRU(6, 6)], ids=str)
+def test_code_that_names_a_type(layer: nn.Module) -> None:
+    shape = IMAGE if isinstance(layer, nn.Conv2d) else (2, 4, 6)
+    with pytest.raises(InputError, match=r"does not run.*dtype=None"):
+        deploy(Insistent(layer), torch.randn(shape), dtype=torch.bfloat16)
+
+
 def test_no_gradients() -> None:
     deployed = deploy(ShortcutNet(), torch.randn(2, 1, 6, 6))
     assert not any(p.requires_grad for p in deployed.parameters())
@@ -428,6 +564,14 @@ def test_detectors_are_deployed_part_by_part() -> None:
     assert count(deployed.backbone, nn.BatchNorm2d) == 0
     with torch.no_grad():
         assert len(deployed([*images, *images])) == 2
+
+
+def test_the_state_of_a_compiled_network_holds_everything_once() -> None:
+    model, x = network([nn.Linear(4, 6), nn.ReLU()]), torch.randn(3, 4)
+    compiled = deploy(model, x, compile=True)
+    assert list(compiled.state_dict()) == ["network.0.weight", "network.0.bias"]
+    assert len(list(compiled.parameters())) == 2
+    copy.deepcopy(compiled).load_state_dict(compiled.state_dict())
 
 
 @pytest.mark.slow

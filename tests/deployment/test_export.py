@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -84,6 +84,84 @@ class Two(nn.Module):
 def test_several_inputs_and_results(tmp_path: Path) -> None:
     inputs = {"tokens": torch.randint(9, (2, 5)), "weights": torch.randn(4)}
     assert export(Two(), inputs, tmp_path / "net.pt2") < 1e-5
+
+
+class ByName(nn.Module):
+    """An argument that is given by name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, *, mask: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.linear(x) * mask}
+
+
+def test_files_are_called_as_the_examples(tmp_path: Path) -> None:
+    inputs = {"x": torch.randn(4, 8), "mask": torch.ones(4, 1)}
+    model, path = ByName().eval(), tmp_path / "net.pt2"
+    export(model, inputs, path)
+    result = torch.export.load(path).module()(**inputs)
+    assert type(result) is dict and difference(model(**inputs), result) < 1e-5
+
+
+class Named(NamedTuple):
+    """Fields, one of which is called like an operator, another like the input."""
+
+    relu: Tensor
+    x: Tensor
+    rest: list[Tensor]
+
+
+class Namer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Named:
+        x = self.linear(x)
+        return Named(x, torch.relu(x) + 1, [x * 2, torch.relu(x)])
+
+
+def test_a_result_that_no_program_can_hold(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="let the forward return"):
+        export(Namer(), torch.randn(4, 8), tmp_path / "net.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def onnx_shapes(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
+    inputs, outputs = (
+        {v.name: v.shape for v in values}
+        for values in (session.get_inputs(), session.get_outputs())
+    )
+    return inputs, outputs
+
+
+def test_outputs_in_onnx_have_the_names_of_the_result(model: nn.Module, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "net.onnx"
+    assert export(Namer(), torch.randn(4, 8), path) < 1e-4
+    inputs, outputs = onnx_shapes(path)
+    assert inputs == {"x": ["batch", 8]}
+    assert outputs == {name: ["batch", 3] for name in ("relu", "x_1", "rest", "rest_1")}
+    export(model, X, path)
+    assert list(onnx_shapes(path)[1]) == ["output"]
+
+
+def test_types_that_onnxruntime_lacks(model: nn.Module, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    deployed = deploy(model, X, dtype=torch.bfloat16)
+    with pytest.raises(ExportError, match="float16"):
+        export(deployed, X, tmp_path / "net.onnx")
+    export(deploy(model, X, dtype=torch.float16), X, tmp_path / "net.onnx")
+
+
+def test_a_directory_in_the_way(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "net.pt2").mkdir()
+    with pytest.raises(ExportError, match="directory"):
+        export(model, X, tmp_path / "net.pt2")
 
 
 def test_an_unknown_format(model: nn.Module, tmp_path: Path) -> None:
