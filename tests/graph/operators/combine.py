@@ -131,7 +131,7 @@ def attention_map(b: Builder, x: int) -> int | None:
 
     functions: list[Function] = [
         lambda w: w.expand(-1, shape[1], *shape[2:]),
-        lambda w: torch.broadcast_to(w, shape),
+        lambda w: torch.broadcast_to(w, (w.shape[0], *shape[1:])),
         lambda w: w.repeat(1, shape[1], *ones),
         lambda w: torch.tile(w, (shape[1], *ones)),
         lambda w: w.repeat_interleave(shape[1], dim=1),
