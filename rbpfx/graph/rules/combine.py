@@ -155,13 +155,23 @@ class BroadcastTensors(Rule):
 
 
 class Concatenate(Rule):
-    """`torch.cat`: the axis of the result is the operands' axes one after the other."""
+    """`torch.cat`: the axis of the result is the operands' axes one after the other.
+
+    Args:
+        dim: The axis of an operator that takes none (hstack); of values of one axis, the first.
+    """
+
+    def __init__(self, dim: int | None = None) -> None:
+        self.dim = dim
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Concatenate along `dim`, tie along all other axes."""
-        labels = _sequence(argument(node, 0, "tensors"), state)
-        shape = shape_of(node)
-        dim = int(value_of(argument(node, 1, "dim", 0))) % len(shape)
+        labels, shape = _sequence(argument(node, 0, "tensors"), state), shape_of(node)
+        if any(label.ndim != len(shape) for label in labels):
+            state.pin(tuple(labels), f"stacked along new axes ({node.name!r})")
+            return unfollowed(node)
+        given = self.dim if self.dim is not None else value_of(argument(node, 1, "dim", 0))
+        dim = min(int(given), len(shape) - 1) % len(shape)
         joint = {d for label in labels for b in _over(label, dim) for d in b.dims} - {dim}
         if joint:
             ended = joint if state.attention == "positions" else {dim}
@@ -212,7 +222,9 @@ _FUNCTIONS = (
     "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod "
     "maximum minimum pow where atan2 lerp addcmul addcdiv eq ne lt le gt ge "
     "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor logaddexp hypot xlogy "
-    "masked_fill clamp clamp_min clamp_max clip expand_as copy fmax fmin copysign"
+    "masked_fill clamp clamp_min clamp_max clip expand_as copy fmax fmin copysign "
+    "greater greater_equal less less_equal not_equal isclose float_power heaviside "
+    "logaddexp2 ldexp arctan2 bitwise_left_shift bitwise_right_shift"
 ).split()
 COMBINE = register(Combine())
 for _name in _FUNCTIONS:
@@ -229,4 +241,6 @@ register(COMBINE, *(getattr(operator, _name) for _name in "eq ne lt le gt ge and
 register(ByMode(), by_mode)
 register(BroadcastTensors(), torch.broadcast_tensors)
 register(Concatenate(), torch.cat, torch.concat, torch.concatenate)
+for _dim, _name in enumerate(("vstack", "hstack", "dstack")):
+    register(Concatenate(_dim), getattr(torch, _name))
 register(Stack(), torch.stack)

@@ -308,8 +308,8 @@ class Permute(Rule):
     """permute, transpose, movedim, ...: reads the permutation off strides."""
 
     def moves(self, node: fx.Node) -> bool:
-        """Nothing but moving."""
-        return True
+        """Nothing but moving; an adjoint changes complex numbers."""
+        return not node.meta["val"].is_complex()
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Move the atoms like the data."""
@@ -385,7 +385,7 @@ register(Reshape(), torch.reshape, "reshape", "view")
 register(ReshapeAs(), "reshape_as", "view_as")
 register(Flatten(), nn.Flatten, torch.flatten, "flatten", torch.ravel, "ravel")
 register(Unflatten(), nn.Unflatten, torch.unflatten, "unflatten")
-_PERMUTATIONS = "permute transpose swapaxes swapdims movedim moveaxis t".split()
+_PERMUTATIONS = "permute transpose swapaxes swapdims movedim moveaxis t adjoint".split()
 register(Permute(), *_PERMUTATIONS, *(getattr(torch, name) for name in _PERMUTATIONS))
 register(Squeeze(), torch.squeeze, "squeeze")
 register(Unsqueeze(), torch.unsqueeze, "unsqueeze")
