@@ -75,6 +75,7 @@ class Propagation:
         self.activations: set[fx.Node] = set()
         self._home: dict[str, str] = {}
         self.evaluated: set[fx.Node] = set()
+        self._repeated: set[int] = set()
         self._inner_parts = [name for name in captured_parts(self.model) if name]
         self.enter("", nn.Module())
 
@@ -154,6 +155,16 @@ class Propagation:
             self._owners.append((name, dim))
             self._starts.append(int(atoms[0]))
         return atoms
+
+    def repetition(self, size: int) -> Atoms:
+        """Fresh atoms for an axis along which one value is repeated."""
+        atoms = self.identities.new(size)
+        self._repeated.update(atoms.tolist())
+        return atoms
+
+    def is_repetition(self, block: Block | None) -> bool:
+        """Whether a block is known by the atoms of a repetition, not by those of channels."""
+        return block is not None and int(block.atoms.flat[0]) in self._repeated
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a value depends on the inputs of the model, not on its parameters alone."""

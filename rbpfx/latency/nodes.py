@@ -211,12 +211,15 @@ class Layer:
         vars(twin).update(sizes_by_name)
 
         def prepare() -> Call:
+            weights: dict[str, nn.Parameter | None] = dict.fromkeys(layer._parameters)
             for name, tensor in layer._parameters.items():
                 if tensor is not None:
                     shape = (*sizes, *tensor.shape[2:]) if name == "weight" else (width,)
                     value = filled(tensor, shape, self.channels_last)
-                    twin._parameters[name] = nn.Parameter(value, requires_grad=False)
-            return partial(twin, filled(self.input.value, inputs, self.channels_last))
+                    weights[name] = nn.Parameter(value, requires_grad=False)
+            timed = layer.__new__(type(layer))  # and not `twin`, which lives as long as the table
+            timed.__dict__ = {**vars(twin), "_parameters": weights}
+            return partial(timed, filled(self.input.value, inputs, self.channels_last))
 
         return Operator(self._key(repr(twin), inputs), prepare)
 

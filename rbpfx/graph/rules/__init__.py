@@ -5,6 +5,7 @@ from rbpfx.graph.rules import (
     combine,
     contraction,
     convolution,
+    distances,
     elementwise,
     embedding,
     factories,
@@ -16,8 +17,10 @@ from rbpfx.graph.rules import (
     rearrangement,
     recurrent,
     reduction,
+    scattering,
     softmax,
     spatial,
+    tensor_products,
 )
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "combine",
     "contraction",
     "convolution",
+    "distances",
     "elementwise",
     "embedding",
     "factories",
@@ -36,6 +40,8 @@ __all__ = [
     "rearrangement",
     "recurrent",
     "reduction",
+    "scattering",
     "softmax",
     "spatial",
+    "tensor_products",
 ]

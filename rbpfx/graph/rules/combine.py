@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.provenance import Block, Label
 from rbpfx.graph.rules.base import Rule, argument, register, shape_of, value_of
 
+_SINGLE = "a single channel broadcast to many"
+
 
 def broadcast(
     state: Propagation,
@@ -27,18 +29,45 @@ def broadcast(
     ndim = len(shape)
     merged: list[Block] = []
     ended: set[int] = set()
-    for label in labels:
-        offset = ndim - label.ndim
-        where = {d: d + offset for d in range(label.ndim)}
-        for block in (b.moved(where) for b in label.blocks):
-            if any(shape[d] != n for d, n in zip(block.dims, block.atoms.shape, strict=True)):
-                state.identities.pin(block.atoms, "a single channel broadcast to many")
-                continue
-            merged = _merge(state, merged, block, ended)
+    blocks = [block for label in labels for block in _behind(label, ndim)]
+    # The result goes by the last one's atoms: by those of channels, where there are any.
+    for block in sorted(blocks, key=state.is_repetition, reverse=True):
+        if any(shape[d] != n for d, n in zip(block.dims, block.atoms.shape, strict=True)):
+            state.identities.pin(block.atoms, _SINGLE)
+            continue
+        merged = _merge(state, merged, block, ended)
     whole = {
         d for block in merged for d in block.dims if any(_is_whole(x, d, ndim) for x in labels)
     }
     return state.collapse(Label(tuple(shape), tuple(merged)), whole | ended, reason)
+
+
+def _behind(label: Label, ndim: int) -> list[Block]:
+    """The blocks of a value of fewer axes, where broadcasting puts them."""
+    where = {d: d + ndim - label.ndim for d in range(label.ndim)}
+    return [block.moved(where) for block in label.blocks]
+
+
+def repeated(
+    state: Propagation, label: Label, before: Sequence[int], examples: Collection[int] = ()
+) -> Label:
+    """Label of a value that was repeated along axes of size one, or along new ones in front.
+
+    Every repetition is as good as any other, so these axes are followed anew: there shall be as
+    many as there are channels where they meet some.
+
+    Args:
+        state: The walk.
+        label: The label of the result, which says nothing of these axes.
+        before: The shape before.
+        examples: Axes that hold the examples; the first one does in any case.
+    """
+    sizes = (*[1] * (label.ndim - len(before)), *before)
+    dims = [d for d in range(1, label.ndim) if sizes[d] == 1 < label.shape[d]]
+    dims = [d for d in dims if d not in examples]
+    rest = state.collapse(label, dims, _SINGLE).blocks
+    fresh = (Block((d,), state.repetition(label.shape[d])) for d in dims)
+    return Label(label.shape, (*rest, *fresh))
 
 
 def _merge(state: Propagation, blocks: list[Block], new: Block, ended: set[int]) -> list[Block]:
@@ -115,14 +144,34 @@ class ByMode(Rule):
         return unfollowed(node)
 
 
+class BroadcastTensors(Rule):
+    """`torch.broadcast_tensors`: every result has the channels of all operands."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Tie the operands' channels together."""
+        values = node.meta["val"]
+        labels = [state.label(source) for source in node.all_input_nodes]
+        return (broadcast(state, labels, values[0].shape),) * len(values)
+
+
 class Concatenate(Rule):
-    """`torch.cat`: the axis of the result is the operands' axes one after the other."""
+    """`torch.cat`: the axis of the result is the operands' axes one after the other.
+
+    Args:
+        dim: The axis of an operator that takes none (hstack); of values of one axis, the first.
+    """
+
+    def __init__(self, dim: int | None = None) -> None:
+        self.dim = dim
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Concatenate along `dim`, tie along all other axes."""
-        labels = _sequence(argument(node, 0, "tensors"), state)
-        shape = shape_of(node)
-        dim = int(value_of(argument(node, 1, "dim", 0))) % len(shape)
+        labels, shape = _sequence(argument(node, 0, "tensors"), state), shape_of(node)
+        if any(label.ndim != len(shape) for label in labels):
+            state.pin(tuple(labels), f"stacked along new axes ({node.name!r})")
+            return unfollowed(node)
+        given = self.dim if self.dim is not None else value_of(argument(node, 1, "dim", 0))
+        dim = min(int(given), len(shape) - 1) % len(shape)
         joint = {d for label in labels for b in _over(label, dim) for d in b.dims} - {dim}
         if joint:
             ended = joint if state.attention == "positions" else {dim}
@@ -173,7 +222,9 @@ _FUNCTIONS = (
     "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod "
     "maximum minimum pow where atan2 lerp addcmul addcdiv eq ne lt le gt ge "
     "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor logaddexp hypot xlogy "
-    "masked_fill clamp clamp_min clamp_max clip expand_as copy fmax fmin copysign"
+    "masked_fill clamp clamp_min clamp_max clip expand_as copy fmax fmin copysign "
+    "greater greater_equal less less_equal not_equal isclose float_power heaviside "
+    "logaddexp2 ldexp arctan2 bitwise_left_shift bitwise_right_shift"
 ).split()
 COMBINE = register(Combine())
 for _name in _FUNCTIONS:
@@ -188,5 +239,8 @@ for _name in "add sub mul truediv floordiv mod pow".split():
     register(COMBINE, getattr(operator, f"i{_name}"))
 register(COMBINE, *(getattr(operator, _name) for _name in "eq ne lt le gt ge and_ or_ xor".split()))
 register(ByMode(), by_mode)
+register(BroadcastTensors(), torch.broadcast_tensors)
 register(Concatenate(), torch.cat, torch.concat, torch.concatenate)
+for _dim, _name in enumerate(("vstack", "hstack", "dstack")):
+    register(Concatenate(_dim), getattr(torch, _name))
 register(Stack(), torch.stack)

@@ -162,10 +162,26 @@ def _read(
     state.add_read(Read(node, factor.source, factor.letters.index(letter), (block.atoms,), axis))
 
 
-def value_factor(state: Propagation, node: fx.Node, letters: Sequence[str]) -> Factor:
-    """A value of the graph as a factor."""
-    weight = None if state.is_activation(node) else state.value_operand(node)
+def value_factor(
+    state: Propagation, node: fx.Node, letters: Sequence[str], user: fx.Node | None = None
+) -> Factor:
+    """A value of the graph as a factor, of an operator that may slice it if it is a weight."""
+    weight = None if state.is_activation(node) else state.value_operand(node, user)
     return Factor(state.label(node), tuple(letters), node, weight)
+
+
+def _with_cuts(factor: Factor, result: Letters) -> Factor:
+    """A factor that is followed along contracted axes too where it is no more than a weight.
+
+    One that is computed over a whole axis, as by a normalisation, is sliced where it is used.
+    """
+    label, weight = factor.label, factor.weight
+    if weight is None or weight.name is not None:
+        return factor
+    sizes = enumerate(label.shape)
+    whole = [d for d, size in sizes if size > 1 and label.block(d) is None]
+    cut = [Block((d,), weight.axis(d)) for d in whole if factor.letters[d] not in result]
+    return Factor(Label(label.shape, (*label.blocks, *cut)), factor.letters, factor.source, weight)
 
 
 class Contraction(Rule):
@@ -178,7 +194,9 @@ class Contraction(Rule):
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Contract."""
         operands, letters, result = self.equation(node)
-        factors = [value_factor(state, n, x) for n, x in zip(operands, letters, strict=True)]
+        factors = [value_factor(state, n, x, node) for n, x in zip(operands, letters, strict=True)]
+        if len(set(operands)) == len(operands) and any(f.weight is None for f in factors):
+            factors = [_with_cuts(factor, result) for factor in factors]
         return contract(state, node, factors, result)
 
     def macs(self, node: fx.Node, gm: fx.GraphModule) -> int:
@@ -209,11 +227,18 @@ def matmul_letters(first: int, second: int) -> tuple[Letters, Letters, Letters]:
 
 
 class Matmul(Contraction):
-    """matmul, @, bmm, mm, mv, dot."""
+    """matmul, @, bmm, mm, mv, dot.
+
+    Args:
+        second: Name of the second operand.
+    """
+
+    def __init__(self, second: str = "other") -> None:
+        self.second = second
 
     def equation(self, node: fx.Node) -> tuple[list[fx.Node], list[Letters], Letters]:
         """Contract the last axis with the last but one, behind broadcast batch axes."""
-        operands = [n for n in (*node.args, *node.kwargs.values()) if isinstance(n, fx.Node)][:2]
+        operands = [tensor_input(node), argument(node, 1, self.second)]
         a, b, result = matmul_letters(*(len(shape_of(n)) for n in operands))
         return operands, [a, b], result
 
@@ -331,8 +356,9 @@ def _bilinear_inputs(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return first, second
 
 
-register(Matmul(), torch.matmul, torch.bmm, torch.mm, torch.mv, torch.dot, operator.matmul)
-register(Matmul(), "matmul", "bmm", "mm", "mv", "dot", "__matmul__")
+register(Matmul(), torch.matmul, torch.linalg.matmul, operator.matmul, "matmul", "__matmul__")
+for _name, _second in {"bmm": "mat2", "mm": "mat2", "mv": "vec", "dot": "tensor"}.items():
+    register(Matmul(_second), getattr(torch, _name), _name)
 register(Einsum(), torch.einsum)
 for _names, _rule in {
     "addmm": AddMatmul("mat1", "mat2"),

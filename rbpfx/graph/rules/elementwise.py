@@ -75,7 +75,7 @@ class Glimpse(Rule):
         if not isinstance(label, Label):
             return
         original = {d: label.shape[d] for d in state.changed_sizes(label)}
-        if original and node.target in ("numel", "nelement"):
+        if original and node.target in (torch.numel, "numel", "nelement"):
             _restore_count(node, original, state)
         whole = node.target == "size" or (node.target is getattr and node.args[1] == "shape")
         if not original or not whole:
@@ -137,8 +137,11 @@ _FUNCTIONS = (
     "to type type_as float double half bfloat16 int long bool cpu cuda "
     "requires_grad_ zero_ fill_ bernoulli bernoulli_ uniform_ normal_ randn_like "
     "erfinv erfc asin acos atan sinh cosh asinh acosh atanh tan log2 log10 exp2 frac trunc sgn "
-    "isinf isfinite sinc square_ reciprocal_ rsqrt_"
+    "isinf isfinite sinc square_ reciprocal_ rsqrt_ absolute absolute_ negative_ positive fix "
+    "arcsin arccos arctan arcsinh arccosh arctanh deg2rad rad2deg logit signbit lgamma digamma "
+    "i0 empty_like randint_like"
 ).split()
+_SPECIAL = "expit erf erfc erfinv exp2 expm1 log1p logit sinc round ndtr log_ndtr gammaln".split()
 ELEMENTWISE = register(Elementwise(), *(getattr(nn, name) for name in _MODULES))
 for _name in _FUNCTIONS:
     for _home in (torch, F):
@@ -146,10 +149,12 @@ for _name in _FUNCTIONS:
             register(ELEMENTWISE, getattr(_home, _name))
     if hasattr(Tensor, _name):
         register(ELEMENTWISE, _name)
+register(ELEMENTWISE, *(getattr(torch.special, name) for name in _SPECIAL))
 register(Copy(), nn.Identity, torch.clone, torch.detach, "clone", "detach", "contiguous")
 register(ELEMENTWISE, operator.neg, operator.abs, operator.pos, operator.invert)
 # Stochastic depth drops whole rows or the whole batch, never single channels.
 register(ELEMENTWISE, stochastic_depth, StochasticDepth)
 register(PerChannel("weight", size="num_parameters"), nn.PReLU, F.prelu, torch.prelu, "prelu")
 register(Glimpse(), "size", "numel", "nelement", "dim", "is_floating_point", "get_device")
+register(Glimpse(), torch.numel, torch.is_floating_point)
 register(Glimpse(), getattr, length, rounded, truncated, of_numpy, assume)

@@ -34,20 +34,6 @@ from rbpfx.graph.rules.gathering import (
 from rbpfx.graph.slicing import Slicing
 
 
-def pick(state: Propagation, label: Label, dim: int, index: int, reason: str) -> Label:
-    """Label of one index of an axis: a channel picked by its number stays.
-
-    Where the axis is followed jointly with others, as the three of a stacked (qkv, heads,
-    head_dim) projection, it is tied along the axis instead.
-    """
-    block = label.block(dim)
-    if block is not None and len(block.dims) > 1:
-        label = state.collapse(label, {dim % label.ndim}, reason)
-    elif block is not None:
-        state.identities.pin(block.atoms[[index]], reason)
-    return label.indexed(dim, index)
-
-
 class GetItem(Rule):
     """`x[...]` with ints, slices, None and Ellipsis; also picks from tuples of tensors."""
 
@@ -217,7 +203,14 @@ class Narrow(Rule):
 
 
 class Split(Rule):
-    """chunk, split, tensor_split, unbind-free: an axis falls into consecutive parts."""
+    """chunk, split, tensor_split, hsplit: an axis falls into consecutive parts.
+
+    Args:
+        dim: The axis of an operator that takes none; its last one, if it has no such axis.
+    """
+
+    def __init__(self, dim: int | None = None) -> None:
+        self.dim = dim
 
     def moves(self, node: fx.Node) -> bool:
         """Nothing but moving."""
@@ -251,6 +244,8 @@ class Split(Rule):
         state.replace(node, split)
 
     def _dim(self, node: fx.Node) -> int:
+        if self.dim is not None:
+            return min(self.dim, len(shape_of(tensor_input(node))) - 1)
         return int(value_of(argument(node, 2, "dim", 0)))
 
 
@@ -384,8 +379,12 @@ register(Unbind(), torch.unbind, "unbind")
 register(GetItem(), operator.getitem)
 register(GatedHalves(), nn.GLU, F.glu)
 register(Narrow(), torch.narrow, "narrow")
-_SPLITS = "chunk split split_with_sizes tensor_split".split()
-register(Split(), *_SPLITS, *(getattr(torch, name) for name in _SPLITS))
+_SPLITS = "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split "
+_SPLITS += "unsafe_split_with_sizes"
+for _name in _SPLITS.split():
+    register(Split(), getattr(torch, _name), _name)
+for _dim, _name in enumerate(("vsplit", "hsplit", "dsplit")):
+    register(Split(_dim), getattr(torch, _name), _name)
 register(Pad(), F.pad)
 for _n in (1, 2, 3):
     for _kind in ("ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad"):

@@ -25,7 +25,7 @@ from rbpfx.graph.rules.base import (
     tensor_input,
     value_of,
 )
-from rbpfx.graph.rules.combine import broadcast
+from rbpfx.graph.rules.combine import broadcast, repeated
 from rbpfx.graph.slicing import Slicing
 
 
@@ -37,6 +37,7 @@ def reshape(state: Propagation, label: Label, shape: Sequence[int], reason: str)
     """
     runs = _runs(label.shape, tuple(shape))
     for old, _ in runs:
+        label = _without_repetitions(state, label, old, reason)
         label = _merged_with_unfollowed(state, label, old, reason)
         label = _one_block(state, label, old, reason)
     blocks = [] if state.unit == "channel" else _flattened_channels(state, label, shape, runs)
@@ -53,6 +54,16 @@ def reshape(state: Propagation, label: Label, shape: Sequence[int], reason: str)
         else:
             state.identities.pin(block.atoms, "only one channel")
     return Label(tuple(shape), tuple(blocks))
+
+
+def _without_repetitions(
+    state: Propagation, label: Label, old: Sequence[int], reason: str
+) -> Label:
+    """End mere repetitions that a reshape merges with other axes, which may hold channels."""
+    long = {d for d in old if label.shape[d] > 1}
+    mere = [block for block in label.blocks if state.is_repetition(block)]
+    ended = {d for b in mere for d in b.dims if d in old and not long <= set(b.dims)}
+    return state.collapse(label, ended, f"{reason} merges repetitions with others")
 
 
 def _merged_with_unfollowed(
@@ -154,10 +165,9 @@ class Reshape(Rule):
         if not new_sizes:
             return
         twin = state.twin(node)
-        given = twin.args[1:] or (twin.kwargs.get("shape", twin.kwargs.get("size")),)
-        sizes = sizes_of(given, twin, label.ndim, state)
+        sizes = sizes_of(given_sizes(twin), twin, label.ndim, state)
         for dim, size in new_sizes.items():
-            sizes[dim] = _rescaled(sizes[dim], size, label.shape[dim], twin, state)
+            sizes[dim] = rescaled(sizes[dim], size, label.shape[dim], twin, state)
         twin.args = (tensor_input(twin), tuple(sizes))
         twin.kwargs = {}
 
@@ -182,11 +192,23 @@ def _merged_with_examples(node: fx.Node, label: Label, state: Propagation) -> se
     if shape[0] == 1 and not single:
         merged = [old for old, _ in runs]
     else:
-        given = node.args[1:] or (node.kwargs.get("shape", node.kwargs.get("size")),)
-        sizes: Any = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
-        asked = {d for d, size in enumerate(sizes) if d and asks_for_examples(size)}
+        asked = asked_for_examples(node)
         merged = [old for old, new in runs if asked & set(new)]
     return {d for old in merged for d in old if label.block(d) is not None}
+
+
+def asked_for_examples(node: fx.Node) -> set[int]:
+    """The axes behind the first that a call wants as long as the batch."""
+    given = given_sizes(node)
+    sizes = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
+    return {d for d, size in enumerate(sizes) if d and asks_for_examples(size)}
+
+
+def given_sizes(node: fx.Node) -> Sequence[Any]:
+    """All arguments behind the first, or the one that names sizes."""
+    names = ("shape", "size", "repeats", "dims")
+    named = next((node.kwargs[name] for name in names if name in node.kwargs), None)
+    return node.args[1:] or (named,)
 
 
 def sizes_of(given: Sequence[Any], twin: fx.Node, ndim: int, state: Slicing) -> list[Any]:
@@ -204,7 +226,7 @@ def sizes_of(given: Sequence[Any], twin: fx.Node, ndim: int, state: Slicing) -> 
     return list(given)
 
 
-def _rescaled(given: Any, new: int, old: int, twin: fx.Node, state: Slicing) -> Any:
+def rescaled(given: Any, new: int, old: int, twin: fx.Node, state: Slicing) -> Any:
     """A size that a call asks for, after channels have gone.
 
     One that is computed at run time (it may hold a batch size) shrinks by the same factor.
@@ -274,7 +296,7 @@ class Unflatten(Flatten):
         for axis, size in new_sizes.items():
             if dim <= axis < dim + len(sizes):
                 old = shape_of(node)[axis]
-                sizes[axis - dim] = _rescaled(sizes[axis - dim], size, old, twin, state)
+                sizes[axis - dim] = rescaled(sizes[axis - dim], size, old, twin, state)
         if module is not None:
             module.unflattened_size = tuple(sizes)  # type: ignore[assignment]
         else:
@@ -286,8 +308,8 @@ class Permute(Rule):
     """permute, transpose, movedim, ...: reads the permutation off strides."""
 
     def moves(self, node: fx.Node) -> bool:
-        """Nothing but moving."""
-        return True
+        """Nothing but moving; an adjoint changes complex numbers."""
+        return not node.meta["val"].is_complex()
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Move the atoms like the data."""
@@ -353,15 +375,17 @@ class Expand(Reshape):
         return False
 
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
-        """Broadcast against nothing."""
-        return broadcast(state, [state.label(tensor_input(node))], shape_of(node))
+        """Follow the repetitions anew."""
+        source = state.label(tensor_input(node))
+        label = broadcast(state, [source], shape_of(node))
+        return repeated(state, label, source.shape, asked_for_examples(node))
 
 
 register(Reshape(), torch.reshape, "reshape", "view")
 register(ReshapeAs(), "reshape_as", "view_as")
 register(Flatten(), nn.Flatten, torch.flatten, "flatten", torch.ravel, "ravel")
 register(Unflatten(), nn.Unflatten, torch.unflatten, "unflatten")
-_PERMUTATIONS = "permute transpose swapaxes swapdims movedim moveaxis t".split()
+_PERMUTATIONS = "permute transpose swapaxes swapdims movedim moveaxis t adjoint".split()
 register(Permute(), *_PERMUTATIONS, *(getattr(torch, name) for name in _PERMUTATIONS))
 register(Squeeze(), torch.squeeze, "squeeze")
 register(Unsqueeze(), torch.unsqueeze, "unsqueeze")

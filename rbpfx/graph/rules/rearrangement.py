@@ -19,11 +19,14 @@ from rbpfx.graph.rules.base import (
     argument,
     call_on,
     register,
+    set_argument,
     setting,
     shape_of,
     tensor_input,
     value_of,
 )
+from rbpfx.graph.rules.combine import repeated
+from rbpfx.graph.rules.movement import asked_for_examples, given_sizes, rescaled, sizes_of
 from rbpfx.graph.slicing import Slicing
 
 
@@ -44,8 +47,7 @@ class PerAxis(Rule):
     def propagate(self, node: fx.Node, state: Propagation) -> Labels:
         """Pick the atoms like the data."""
         label = state.label(tensor_input(node))
-        computed = [n for n in node.all_input_nodes[1:] if isinstance(value_of(n), Tensor)]
-        if computed or (self.dims is not None and argument(node, 2, self.dims) in (None, ())):
+        if self.entangles(node):
             for source in node.all_input_nodes:
                 state.pin(state.labels.get(source), f"moved across axes or by data ({node.name!r})")
             return unfollowed(node)
@@ -57,17 +59,15 @@ class PerAxis(Rule):
             blocks.append(Block(dims, block.atoms[np.ix_(*orders)]))
         return Label(shape_of(node), tuple(blocks))
 
+    def entangles(self, node: fx.Node) -> bool:
+        """Whether a call moves across axes, or by data."""
+        computed = [n for n in node.all_input_nodes[1:] if isinstance(value_of(n), Tensor)]
+        flattens = self.dims is not None and argument(node, 2, self.dims) in (None, ())
+        return bool(computed) or flattens
+
     def rewrite(self, node: fx.Node, state: Slicing) -> None:
         """Select the right channels where the operator would move them otherwise now."""
-        label = state.label(tensor_input(node))
-        chosen: dict[int, Atoms] = {}
-        for dim, size in state.changed_sizes(label).items():
-            keep = state.kept_along(label, dim)
-            order = self.order(node, state.source, dim, label.shape)
-            wanted = (np.cumsum(keep) - 1)[order[keep[order]]]
-            left = tuple(size if d == dim else n for d, n in enumerate(label.shape))
-            if not np.array_equal(self.order(node, state.source, dim, left), wanted):
-                chosen[dim] = wanted
+        label, chosen = state.label(tensor_input(node)), self.chosen(node, state)
         if not chosen:
             return
         others = [dim for dim in range(label.ndim) if dim not in chosen]
@@ -84,6 +84,19 @@ class PerAxis(Rule):
             state.widen(node, tensor_input(node))
             state.narrow(node)
 
+    def chosen(self, node: fx.Node, state: Slicing) -> dict[int, Atoms]:
+        """Axis -> the channels to select, where the operator would move others now."""
+        label = state.label(tensor_input(node))
+        chosen: dict[int, Atoms] = {}
+        for dim, size in state.changed_sizes(label).items():
+            keep = state.kept_along(label, dim)
+            order = self.order(node, state.source, dim, label.shape)
+            wanted = (np.cumsum(keep) - 1)[order[keep[order]]]
+            left = tuple(size if d == dim else n for d, n in enumerate(label.shape))
+            if not np.array_equal(self.order(node, state.source, dim, left), wanted):
+                chosen[dim] = wanted
+        return chosen
+
     def order(self, node: fx.Node, gm: fx.GraphModule, dim: int, shape: tuple[int, ...]) -> Atoms:
         """Which index of an axis every index of it in the result comes from: by running it."""
         probe = torch.arange(float(shape[dim]), device="cpu")
@@ -93,6 +106,54 @@ class PerAxis(Rule):
         axis = dim + result.ndim - len(shape)
         index = tuple(slice(None) if d == axis else 0 for d in range(result.ndim))
         return np.asarray(result[index].numpy().astype(np.int64))
+
+
+class Repeat(PerAxis):
+    """repeat, tile, repeat_interleave: what is one along an axis may become many.
+
+    Args:
+        dims: Name of the argument without which the operator flattens its input.
+    """
+
+    def moves(self, node: fx.Node) -> bool:
+        """A repetition of one makes new channels."""
+        after, before = shape_of(node), shape_of(tensor_input(node))
+        single = (*[1] * (len(after) - len(before)), *before)
+        return all(old > 1 or new == 1 for old, new in zip(single, after, strict=True))
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Pick the atoms like the data; follow mere repetitions anew."""
+        label = super().propagate(node, state)
+        if not isinstance(label, Label) or self.entangles(node):
+            return label
+        examples = asked_for_examples(node) if self.dims is None else ()
+        return repeated(state, label, shape_of(tensor_input(node)), examples)
+
+    def rewrite(self, node: fx.Node, state: Slicing) -> None:
+        """Write the new numbers of repetitions."""
+        label, source = state.label(node), state.label(tensor_input(node))
+        offset = label.ndim - source.ndim
+        grown = {
+            dim: size
+            for dim, size in state.changed_sizes(label).items()
+            if dim < offset or source.shape[dim - offset] == 1
+        }
+        if not grown or self.chosen(node, state):
+            super().rewrite(node, state)  # which narrows all axes, if any
+            return
+        twin = state.twin(node)
+        if self.dims is not None:
+            ((dim, size),) = grown.items()
+            count = argument(twin, 1, "repeats")
+            set_argument(twin, 1, "repeats", rescaled(count, size, label.shape[dim], twin, state))
+            twin.kwargs = {k: value for k, value in twin.kwargs.items() if k != "output_size"}
+            return
+        counts = sizes_of(given_sizes(twin), twin, label.ndim, state)
+        for dim, size in grown.items():
+            place = dim - label.ndim
+            counts[place] = rescaled(counts[place], size, label.shape[dim], twin, state)
+        twin.args = (tensor_input(twin), tuple(counts))
+        twin.kwargs = {}
 
 
 class ChannelShuffle(PerAxis):
@@ -196,10 +257,10 @@ class Rotate(Rule):
 
 _PER_AXIS = PerAxis()
 register(_PER_AXIS, torch.flip, torch.fliplr, torch.flipud, "flip", "fliplr", "flipud")
-register(_PER_AXIS, torch.tile, "tile", "repeat")
+register(Repeat(), torch.tile, "tile", "repeat")
 register(ChannelShuffle(), nn.ChannelShuffle, torch.channel_shuffle, F.channel_shuffle)
 register(PerAxis("dims"), torch.roll, "roll")
-register(PerAxis("dim"), torch.repeat_interleave, "repeat_interleave")
+register(Repeat("dim"), torch.repeat_interleave, "repeat_interleave")
 register(PixelShuffle(), nn.PixelShuffle, F.pixel_shuffle)
 register(PixelUnshuffle(), nn.PixelUnshuffle, F.pixel_unshuffle)
 register(Unfold(), nn.Unfold, F.unfold)

@@ -7,19 +7,20 @@ they may go. Every other reduction over channels keeps them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from rbpfx.graph.operands import Labels
-from rbpfx.graph.propagation import Propagation
+from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.provenance import Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
     operator_name,
     register,
+    shape_of,
     tensor_input,
     value_of,
 )
@@ -88,7 +89,7 @@ class Reduce(Rule):
         """Follow the axes that stay, in every result."""
         label = state.label(tensor_input(node))
         reduced = self.reduced(node, label.ndim)
-        return _without(node, self.mixed(node, state, label, reduced), reduced)
+        return without_axes(node, self.mixed(node, state, label, reduced), reduced)
 
     def mixed(self, node: fx.Node, state: Propagation, label: Label, reduced: set[int]) -> Label:
         """Label of the input with what the reduction says of the axes it ends."""
@@ -124,6 +125,46 @@ class Norm(Sum):
         return keep_whole(node, state, label, reduced, over_channels(node, state))
 
 
+class LinalgNorm(Norm):
+    """`torch.linalg.norm`: a norm of vectors, or one of matrices, which keeps the channels."""
+
+    def mixed(self, node: fx.Node, state: Propagation, label: Label, reduced: set[int]) -> Label:
+        """Read one axis of channels if the norm is one of vectors."""
+        order = value_of(argument(node, 1, "ord"))
+        if order is None or order == "fro":
+            return read_along(node, state, label, reduced)
+        if len(reduced) == 1 and isinstance(order, (int, float)) and order >= 1:
+            return read_along(node, state, label, reduced)
+        return keep_whole(node, state, label, reduced, over_channels(node, state))
+
+
+class Quantile(Reduce):
+    """`quantile`: for several of them the result has an axis of its own, in front."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """A reduction, and the axis."""
+        label = state.label(tensor_input(node))
+        reduced = self.reduced(node, label.ndim)
+        label = self.mixed(node, state, label, reduced)
+        which = value_of(argument(node, 1, "q"))
+        several = isinstance(which, Tensor) and which.ndim > 0
+        shape = shape_of(node)
+        if several:
+            return _ended(label, reduced, shape[1:]).unsqueezed(0).with_shape(shape)
+        return _ended(label, reduced, shape)
+
+
+class Difference(Reduce):
+    """`diff`: the axis becomes shorter; what it is lengthened by before is not followed."""
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Follow the other axes."""
+        if any(argument(node, i, name) is not None for i, name in ((3, "prepend"), (4, "append"))):
+            state.pin_call(node, f"{operator_name(node, state.gm)} of several values")
+            return unfollowed(node)
+        return super().propagate(node, state)
+
+
 class Mean(Sum):
     """`mean`: a sum, divided by the original number of channels."""
 
@@ -151,21 +192,22 @@ class Extremum(Reduce):
         return super().propagate(node, state)
 
 
-def _without(node: fx.Node, label: Label, reduced: set[int]) -> Labels:
+def without_axes(node: fx.Node, label: Label, reduced: set[int]) -> Labels:
     """Labels of the results: the axes that stay, moved up unless the reduced ones are kept."""
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return _ended(label, reduced, value.shape)
+    return tuple(_ended(label, reduced, v.shape) for v in value)
+
+
+def _ended(label: Label, reduced: set[int], shape: Sequence[int]) -> Label:
+    """A label of this shape after some axes have ended, which may be kept."""
     stay = [d for d in range(label.ndim) if d not in reduced]
     where = {old: new for new, old in enumerate(stay)}
     blocks = tuple(b for b in label.blocks if reduced.isdisjoint(b.dims))
-
-    def described(value: Tensor) -> Label:
-        if value.ndim == label.ndim:
-            return Label(tuple(value.shape), blocks)
-        return Label(tuple(value.shape), tuple(b.moved(where) for b in blocks))
-
-    value = node.meta["val"]
-    if isinstance(value, Tensor):
-        return described(value)
-    return tuple(described(v) for v in value)
+    if len(shape) < label.ndim:
+        blocks = tuple(b.moved(where) for b in blocks)
+    return Label(tuple(shape), blocks)
 
 
 def _register(rule: Rule, names: str) -> None:
@@ -180,7 +222,11 @@ _register(Sum(), "sum nansum")
 _register(Mean(), "mean")
 _register(Norm(dim=2), "norm")
 register(Norm(dim=2), torch.linalg.vector_norm)
+register(LinalgNorm(dim=2), torch.linalg.norm)
 _register(Reduce(), "amax amin aminmax logsumexp prod any all count_nonzero argmax argmin")
 _register(Reduce(), "var std var_mean std_mean median nanmedian nanmean")
 _register(Reduce(default=-1), "mode")
+_register(Reduce(dim=2, default=-1), "topk kthvalue")
+_register(Quantile(dim=2), "quantile nanquantile")
+_register(Difference(dim=2, default=-1), "diff")
 _register(Extremum(), "max min")

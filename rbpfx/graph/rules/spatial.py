@@ -10,7 +10,8 @@ from torchvision import ops  # noqa: F401  (loads the operators of torchvision)
 from rbpfx.graph.operands import Labels
 from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Label
-from rbpfx.graph.rules.base import Rule, register, shape_of, tensor_input
+from rbpfx.graph.rules.base import Rule, argument, register, shape_of, tensor_input
+from rbpfx.graph.rules.combine import broadcast
 
 
 class Spatial(Rule):
@@ -33,6 +34,25 @@ class Spatial(Rule):
         if isinstance(value, Tensor):
             return Label(shape_of(node), label.blocks)
         return tuple(Label(tuple(v.shape), label.blocks) for v in value)
+
+
+class MaxUnpool(Rule):
+    """Puts the elements of every channel back to where a pooling found them.
+
+    Args:
+        spatial_dims: How many trailing axes are mixed.
+    """
+
+    def __init__(self, spatial_dims: int) -> None:
+        self.spatial_dims = spatial_dims
+
+    def propagate(self, node: fx.Node, state: Propagation) -> Labels:
+        """Tie the channels of the values to those of their places."""
+        sources, shape = [tensor_input(node), argument(node, 1, "indices")], shape_of(node)
+        spatial = set(range(len(shape) - self.spatial_dims, len(shape)))
+        reason = f"spatial axis of {node.name!r}"
+        labels = [state.collapse(state.label(n), spatial, reason) for n in sources]
+        return broadcast(state, [label.with_shape(shape) for label in labels], shape)
 
 
 class Sampled(Rule):
@@ -59,6 +79,7 @@ for _n in (1, 2, 3):
             for _home in (F, torch):
                 if hasattr(_home, _function):
                     register(_rule, getattr(_home, _function))
+    register(MaxUnpool(_n), getattr(nn, f"MaxUnpool{_n}d"), getattr(F, f"max_unpool{_n}d"))
     for _name in ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool", "LPPool"):
         register(_rule, getattr(nn, f"{_name}{_n}d"))
 register(Spatial(None), F.interpolate, F.upsample, nn.Upsample)

@@ -120,6 +120,25 @@ def squeeze_excite(b: Builder, x: int) -> int | None:
     return b.add(gate, x)
 
 
+@operator(1)
+def attention_map(b: Builder, x: int) -> int | None:
+    """A map over space that is written out for every channel."""
+    shape = b.shape(x)
+    ones = [1] * (len(shape) - 2)
+
+    def spread(function: Function) -> Function:
+        return lambda m, v: v * function(v.mean(1, keepdim=True).sigmoid())
+
+    functions: list[Function] = [
+        lambda w: w.expand(-1, shape[1], *shape[2:]),
+        lambda w: torch.broadcast_to(w, (w.shape[0], *shape[1:])),
+        lambda w: w.repeat(1, shape[1], *ones),
+        lambda w: torch.tile(w, (shape[1], *ones)),
+        lambda w: w.repeat_interleave(shape[1], dim=1),
+    ]
+    return b.add(spread(b.rng.choice(functions)), x)
+
+
 @operator(1.5)
 def concatenation(b: Builder, x: int) -> int | None:
     shape = b.shape(x)

@@ -46,6 +46,23 @@ def gathering(b: Builder, x: int) -> int | None:
     return b.add(lambda m, v: function(v), x)
 
 
+@operator(1)
+def scattering(b: Builder, x: int) -> int | None:
+    """Writes and adds by positions along one axis."""
+    n, last = len(b.shape(x)), b.shape(x)[-1]
+    axis = b.rng.choice([1, n - 1, n - 1])
+    functions: list[Function] = [
+        lambda v: v.scatter(axis, v.argsort(axis), v * 0.5),
+        lambda v: torch.scatter_add(torch.zeros_like(v), -1, (v > 0).long() % last, v),
+        lambda v: v.scatter_reduce(axis, v.argsort(axis), v.sin(), reduce="amax"),
+        lambda v: v.index_add(axis, torch.tensor([1, 0]), v.narrow(axis, 0, 2).cos()),
+        lambda v: torch.index_copy(v, -1, torch.tensor([last - 1]), v[..., :1]),
+        lambda v: v.index_fill(axis, torch.tensor([0]), 0.3),
+    ]
+    function = b.rng.choice(functions)
+    return b.add(lambda m, v: function(v), x)
+
+
 @operator(1.5)
 def position_bias(b: Builder, x: int) -> int | None:
     """A table of biases, one column per channel, picked by positions."""

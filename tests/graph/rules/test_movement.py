@@ -65,6 +65,63 @@ OPERATORS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
 }
 
 
+def spatial(x: Tensor) -> Tensor:
+    """A map that is to be spread over channels."""
+    return x.mean(1, keepdim=True).sigmoid()
+
+
+def channelwise(x: Tensor) -> Tensor:
+    """A gate that is to be spread over space."""
+    return x.mean((2, 3), keepdim=True).sigmoid()
+
+
+def views_of_repetitions(x: Tensor) -> Tensor:
+    spread = x * spatial(x).expand(-1, 8, -1, -1)
+    return spread.permute(0, 2, 3, 1).flatten(1).unflatten(1, (4, 4, 8)).permute(0, 3, 1, 2)
+
+
+REPETITIONS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "expand": (lambda x: x * spatial(x).expand(-1, 8, -1, -1), 8),
+    "expand to one size": (lambda x: x * spatial(x).expand(-1, x.shape[1], -1, -1), 8),
+    "expand to sizes": (lambda x: x * spatial(x).expand(x.size()), 8),
+    "expand to a list": (lambda x: x * spatial(x).expand(*x.shape), 8),
+    "broadcast_to": (lambda x: torch.broadcast_to(spatial(x), x.shape) * x, 8),
+    "broadcast_to by name": (lambda x: torch.broadcast_to(spatial(x), size=(2, 8, 4, 4)) * x, 8),
+    "broadcast_to as a method": (lambda x: spatial(x).broadcast_to((2, 8, 4, 4)) + x, 8),
+    "repeat": (lambda x: x * spatial(x).repeat(1, 8, 1, 1), 8),
+    "repeat in a tuple": (lambda x: x * spatial(x).repeat((1, x.size(1), 1, 1)), 8),
+    "repeat in front": (lambda x: x * spatial(x)[:, 0].mean(0).repeat(1, 8, 1, 1), 8),
+    "repeat over the batch": (lambda x: x * spatial(x)[:, 0].mean(0).repeat(8, 1, 1), 0),
+    "tile": (lambda x: x * torch.tile(spatial(x), (8, 1, 1)), 8),
+    "tile by name": (lambda x: x * torch.tile(spatial(x), dims=(8, 1, 1)), 8),
+    "repeat_interleave": (lambda x: x * spatial(x).repeat_interleave(8, 1), 8),
+    "named": (lambda x: x * torch.repeat_interleave(spatial(x), repeats=8, dim=-3), 8),
+    "broadcast_tensors": (lambda x: torch.mul(*torch.broadcast_tensors(x, spatial(x))), 8),
+    "nothing but repetitions": (lambda x: spatial(x).expand(-1, 8, -1, -1), 8),
+    "flattened": (views_of_repetitions, 8),
+    "flattened groups": (
+        lambda x: x * spatial(x).repeat(1, 8, 1, 1).unflatten(1, (2, 4)).flatten(1, 2),
+        8,
+    ),
+    "one channel to all": (lambda x: x * x[:, 2:3].expand(-1, 8, -1, -1), 7),
+    "one channel, repeated": (lambda x: x * x[:, 2:3].repeat(1, 8, 1, 1), 7),
+    "over space": (lambda x: x * channelwise(x).expand(-1, -1, 4, 4), 8),
+    "global features": (lambda x: torch.cat([x, channelwise(x).repeat(1, 1, 4, 4)], 1), 8),
+    "heads side by side": (
+        lambda x: x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(2, 16, 4, 4),
+        8,
+    ),
+    "heads behind": (lambda x: x[:, None].expand(-1, 2, -1, -1, -1).reshape(2, 16, 4, 4), 8),
+}
+
+
+@pytest.mark.parametrize("name", REPETITIONS)
+def test_law_of_repetitions(name: str) -> None:
+    torch.manual_seed(0)
+    operator, units = REPETITIONS[name]
+    check_operator(operator, units)
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_law(name: str) -> None:
     torch.manual_seed(0)
