@@ -1,5 +1,7 @@
 """Times of operators at any widths: the very shapes of the emitted network, timed once."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -193,6 +195,20 @@ def test_operators_are_timed_once() -> None:
     assert count < sum(len(list(n.operators(model.sizes))) for n in model.nodes) * 5
     LatencyModel(analysis, times=times).seconds(model.sizes)
     assert len(times.seconds) == count
+
+
+@pytest.mark.parametrize("name", ["flattened", "functional"])
+def test_what_was_timed_is_freed(name: str) -> None:
+    """The candidates of one large linear layer would else fill the memory."""
+    gm, analysis = captured(name)
+    for node in [n for n in gm.graph.nodes if is_layer(n, gm)]:
+        layer = Layer(analysis, node, node, gm, channels_last=False)
+        for operator in layer.operators(uniform(analysis, 0.5)):
+            call = operator.prepare()
+            held = [*call.args, *getattr(call.func, "_parameters", {}).values()]
+            made = [weakref.ref(value) for value in held if isinstance(value, torch.Tensor)]
+            del call, held
+            assert len(made) >= 2 and not any(reference() is not None for reference in made)
 
 
 def test_the_weights_of_the_network_are_left_alone() -> None:
