@@ -69,14 +69,14 @@ FACTORIES = frozenset(
         "hann_window scalar_tensor tril_indices triu_indices broadcast_shapes"
     ).split()
 )
-# Functions for which torch 2.8 wants numbers, flags and sizes that are no proxies.
-_STRICT = frozenset(
+# Functions for which torch, 2.8 at least, wants numbers, flags and sizes that are no proxies.
+_STRICT: frozenset[Callable[..., Any]] = frozenset(
     getattr(torch, name)
     for name in (
         "addbmm addmm baddbmm batch_norm broadcast_to conv1d conv2d conv3d conv_transpose1d "
         "conv_transpose2d conv_transpose3d dropout narrow reshape roll split tile"
     ).split()
-) | {F.scaled_dot_product_attention}
+) | {F.scaled_dot_product_attention, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 
 
 class GraphTracer(fx.Tracer):
