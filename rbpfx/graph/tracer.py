@@ -218,8 +218,9 @@ class ValueTracer(GraphTracer):
         """Trace into `m`, remembering the innermost module in which tracing fails."""
         if self._is_passing():
             return forward(*args, **kwargs)
-        if m not in (self.submodule_paths or {}) and not any(True for _ in m.parameters()):
-            return forward(*args, **kwargs)  # made by the forward that calls it
+        installed = m in (self.submodule_paths or {})
+        if not installed and next(m.parameters(recurse=False), None) is None:
+            return forward(*args, **kwargs)  # made by the forward that calls it, as in self.f[:2]
         name = self.path_of_module(m)
         decomposition = DECOMPOSITIONS.get(type(m))
         if decomposition is not None:
