@@ -44,8 +44,8 @@ from rbpfx.graph.patches import (
 from rbpfx.graph.regions import Surroundings
 from rbpfx.graph.rules.base import python_functions, rule_of_function, rule_of_module
 from rbpfx.graph.values import (
+    DependsOnValues,
     GraphProxy,
-    Untraceable,
     ValueProxy,
     assume,
     is_user_code,
@@ -350,9 +350,10 @@ class _Values:
         try:
             return compute(node, self.tracer.root, self.tracer.mode)
         except DynamicOutputShapeException as error:
-            raise Untraceable(f"the size of the result of {error.func} depends on data") from error
+            what = f"the size of the result of {error.func} depends on data"
+            raise DependsOnValues(what) from error
         except DataDependentOutputException as error:
-            raise Untraceable(f"{error.func} takes values out of a tensor") from error
+            raise DependsOnValues(f"{error.func} takes values out of a tensor") from error
         finally:
             self.computing = False
 

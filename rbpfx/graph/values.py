@@ -26,7 +26,11 @@ from rbpfx.errors import GuardError, RbpfxError
 
 
 class Untraceable(RbpfxError):
-    """What a graph cannot hold, such as control flow on the values of a tensor."""
+    """What a graph cannot hold."""
+
+
+class DependsOnValues(Untraceable):
+    """Python code that asks for the values of a tensor."""
 
 
 @fx.has_side_effect
@@ -210,7 +214,7 @@ class ValueProxy(GraphProxy):
     def _known(self, what: str) -> Any:
         value = value_behind(self)
         if isinstance(value, Tensor):
-            raise Untraceable(f"control flow on {what} a tensor's values")
+            raise DependsOnValues(f"control flow on {what} a tensor's values")
         return value
 
 
@@ -226,7 +230,7 @@ class _Method:
         if isinstance(value, Tensor) and self.name in _CONSTANT_METHODS:
             return getattr(value, self.name)()
         if isinstance(value, Tensor) and self.name in _DATA:
-            raise Untraceable(f"Tensor.{self.name}() takes values out of a tensor")
+            raise DependsOnValues(f"Tensor.{self.name}() takes values out of a tensor")
         tracer = self.proxy.tracer
         return tracer.create_proxy("call_method", self.name, (self.proxy, *args), kwargs)
 
