@@ -171,10 +171,9 @@ class ValueProxy(GraphProxy):
         return size
 
     def __hash__(self) -> int:
-        value = value_behind(self)
-        if not isinstance(value, (int, float)):
-            return super().__hash__()
-        return hash(self.tracer.guard(self, value))  # a dictionary or a set looks for it
+        if _is_converted(self.node):  # a set or dictionary would not find the number in it
+            raise Untraceable("a number that was made of a size is looked up")
+        return super().__hash__()
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(value_behind(self), dict):
@@ -216,6 +215,12 @@ class ValueProxy(GraphProxy):
         if isinstance(value, Tensor):
             raise DependsOnValues(f"control flow on {what} a tensor's values")
         return value
+
+
+def _is_converted(node: fx.Node) -> bool:
+    """Whether a number was computed from one that `int` or `len` returned."""
+    sources = (n for n in node.all_input_nodes if isinstance(n.meta["val"], (int, float)))
+    return node.target is truncated or any(map(_is_converted, sources))
 
 
 class _Method:
