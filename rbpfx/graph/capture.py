@@ -35,6 +35,7 @@ from rbpfx.graph.modes import merge_modes
 from rbpfx.graph.parts import capture_inside, captured_parts, note_examples
 from rbpfx.graph.regions import detach_regions
 from rbpfx.graph.tracer import GraphTracer, LeafModule, ValueTracer
+from rbpfx.graph.values import DependsOnValues
 from rbpfx.surroundings import usual_modes
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -360,14 +361,17 @@ def _explained(error: Exception, failed_in: Any, root: nn.Module) -> CaptureErro
     else:
         module = f"function {failed_in.__name__!r}"
     leaf = type(root.get_submodule(failed_in)).__name__ if isinstance(failed_in, str) else None
+    rewrite = "rewrite the line"
+    if isinstance(error, DependsOnValues):
+        rewrite += " without control flow on tensor values"
     remedy = (
-        f"Keep that module whole with leaf_modules=[{leaf}] (or [{failed_in!r}]), or "
-        "rewrite the line without control flow on tensor values."
+        f"Keep that module whole with leaf_modules=[{leaf}] (or [{failed_in!r}]), or {rewrite}."
         if leaf
-        else "Rewrite the line without control flow on tensor values, or move it into a "
-        "submodule and keep that whole with leaf_modules=[...]."
+        else f"{rewrite.capitalize()}, or move it into a submodule and keep that whole with "
+        "leaf_modules=[...]."
     )
-    return CaptureError(f"cannot trace {module}{place}: {error} {remedy}")
+    cause = str(error).rstrip().rstrip(".") or type(error).__name__
+    return CaptureError(f"cannot trace {module}{place}: {cause}. {remedy}")
 
 
 def _user_line(error: BaseException) -> str:

@@ -96,8 +96,6 @@ def _led_elsewhere(code: CodeType) -> CodeType:
 def _int(*args: Any, **kwargs: Any) -> Any:
     """`int` that records what it does to sizes."""
     value = value_behind(args[0]) if len(args) == 1 and type(args[0]) is ValueProxy else None
-    if type(value) is int:
-        return args[0]
     if isinstance(value, (int, float)):
         return args[0].tracer.create_leaf(truncated, args)
     return int(*args, **kwargs)
@@ -106,7 +104,7 @@ def _int(*args: Any, **kwargs: Any) -> Any:
 def _len(value: Any) -> Any:
     """`len` that records what it asks of tensors."""
     is_tensor = type(value) is ValueProxy and isinstance(value_behind(value), Tensor)
-    return value.shape[0] if is_tensor else len(value)
+    return _int(value.shape[0]) if is_tensor else len(value)
 
 
 # No code can spell these names. They stay among the builtins because other threads may be in the

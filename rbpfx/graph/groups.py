@@ -62,7 +62,7 @@ class FrozenAxis:
     """Channels that stay, and why.
 
     Attributes:
-        name: The module or parameter that brings the channels to life.
+        name: The module or parameter that brings the channels to life, or a module kept whole.
         channels: How many of its channels stay.
         size: How many it has.
         reason: Why.
@@ -103,9 +103,8 @@ class Analysis:
         self._by_name = {group.name: group for group in self.groups}
 
     def __repr__(self) -> str:
-        units = sum(g.size for g in self.groups)
-        groups, frozen = len(self.groups), len(self.frozen)
-        return f"Analysis({groups} groups, {units} units, {frozen} frozen axes)"
+        groups, units = len(self.groups), sum(g.size for g in self.groups)
+        return f"Analysis({groups} groups, {units} units, {len(self.frozen)} frozen axes)"
 
     def group(self, name: str) -> ChannelGroup:
         """The group of a name.
@@ -290,6 +289,7 @@ class Analysis:
             if len(stay):
                 reasons = (reason or "no other unit like it" for reason in solution.reasons(stay))
                 yield FrozenAxis(name, len(stay), len(atoms), "; ".join(reasons))
+        yield from (FrozenAxis(n, size, size, why) for n, (size, why) in state.whole.items())
 
 
 @collection_paused()

@@ -36,6 +36,7 @@ class Propagation:
         features: (parameter, dim) -> atoms of the flattened features that it reads.
         producers: Axes that bring channels to life, in graph order: name for users -> atoms.
         unknown: Operators without a rule: node -> operator name.
+        whole: Modules kept whole: name for users -> how many channels they have inside, and why.
         uses: How often every parameter is used.
         read_uses: How often every parameter axis meets a contracted axis.
         inexact: Normalisations that are sliced without regard to exactness: name for users ->
@@ -55,6 +56,7 @@ class Propagation:
     reads: list[Read] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
+    whole: dict[str, tuple[int, str]] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     read_uses: Counter[ParameterAxis] = field(default_factory=Counter)
     inexact: dict[str, Atoms] = field(default_factory=dict)

@@ -46,8 +46,8 @@ from rbpfx.graph.patches import (
 from rbpfx.graph.regions import Surroundings
 from rbpfx.graph.rules.base import python_functions, rule_of_function, rule_of_module
 from rbpfx.graph.values import (
+    DependsOnValues,
     GraphProxy,
-    Untraceable,
     ValueProxy,
     assume,
     is_user_code,
@@ -71,14 +71,14 @@ FACTORIES = frozenset(
         "hann_window scalar_tensor tril_indices triu_indices broadcast_shapes"
     ).split()
 )
-# Functions for which torch 2.8 wants numbers, flags and sizes that are no proxies.
-_STRICT = frozenset(
+# Functions for which torch, 2.8 at least, wants numbers, flags and sizes that are no proxies.
+_STRICT: frozenset[Callable[..., Any]] = frozenset(
     getattr(torch, name)
     for name in (
         "addbmm addmm baddbmm batch_norm broadcast_to conv1d conv2d conv3d conv_transpose1d "
         "conv_transpose2d conv_transpose3d dropout narrow reshape roll split tile"
     ).split()
-) | {F.scaled_dot_product_attention}
+) | {F.scaled_dot_product_attention, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 
 
 class GraphTracer(fx.Tracer):
@@ -225,8 +225,9 @@ class ValueTracer(GraphTracer):
         """Trace into `m`, remembering the innermost module in which tracing fails."""
         if self.is_passing():
             return forward(*args, **kwargs)
-        if m not in (self.submodule_paths or {}) and not any(True for _ in m.parameters()):
-            return forward(*args, **kwargs)  # made by the forward that calls it
+        installed = m in (self.submodule_paths or {})
+        if not installed and next(m.parameters(recurse=False), None) is None:
+            return forward(*args, **kwargs)  # made by the forward that calls it, as in self.f[:2]
         name = self.path_of_module(m)
         decomposition = DECOMPOSITIONS.get(type(m))
         if decomposition is not None:
@@ -361,9 +362,10 @@ class _Values:
         try:
             return compute(node, self.tracer.root, self.tracer.mode)
         except DynamicOutputShapeException as error:
-            raise Untraceable(f"the size of the result of {error.func} depends on data") from error
+            what = f"the size of the result of {error.func} depends on data"
+            raise DependsOnValues(what) from error
         except DataDependentOutputException as error:
-            raise Untraceable(f"{error.func} takes values out of a tensor") from error
+            raise DependsOnValues(f"{error.func} takes values out of a tensor") from error
         finally:
             self.computing = False
 

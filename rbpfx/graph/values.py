@@ -26,7 +26,11 @@ from rbpfx.errors import GuardError, RbpfxError
 
 
 class Untraceable(RbpfxError):
-    """What a graph cannot hold, such as control flow on the values of a tensor."""
+    """What a graph cannot hold."""
+
+
+class DependsOnValues(Untraceable):
+    """Python code that asks for the values of a tensor."""
 
 
 @fx.has_side_effect
@@ -170,10 +174,9 @@ class ValueProxy(GraphProxy):
         return size
 
     def __hash__(self) -> int:
-        value = value_behind(self)
-        if not isinstance(value, (int, float)):
-            return super().__hash__()
-        return hash(self.tracer.guard(self, value))  # a dictionary or a set looks for it
+        if _is_converted(self.node):  # a set or dictionary would not find the number in it
+            raise Untraceable("a number that was made of a size is looked up")
+        return super().__hash__()
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(value_behind(self), dict):
@@ -218,8 +221,14 @@ class ValueProxy(GraphProxy):
     def _known(self, what: str) -> Any:
         value = value_behind(self)
         if isinstance(value, Tensor):
-            raise Untraceable(f"control flow on {what} a tensor's values")
+            raise DependsOnValues(f"control flow on {what} a tensor's values")
         return value
+
+
+def _is_converted(node: fx.Node) -> bool:
+    """Whether a number was computed from one that `int` or `len` returned."""
+    sources = (n for n in node.all_input_nodes if isinstance(n.meta["val"], (int, float)))
+    return node.target is truncated or any(map(_is_converted, sources))
 
 
 class _Method:
@@ -234,7 +243,7 @@ class _Method:
         if isinstance(value, Tensor) and self.name in _CONSTANT_METHODS:
             return getattr(value, self.name)()
         if isinstance(value, Tensor) and self.name in _DATA:
-            raise Untraceable(f"Tensor.{self.name}() takes values out of a tensor")
+            raise DependsOnValues(f"Tensor.{self.name}() takes values out of a tensor")
         tracer = self.proxy.tracer
         return tracer.create_proxy("call_method", self.name, (self.proxy, *args), kwargs)
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from rbpfx.errors import RuleError
 from rbpfx.graph.aliasing import Memory
+from rbpfx.graph.calls import submodule
 from rbpfx.graph.modes import evaluated_nodes
 from rbpfx.graph.operands import Labels
 from rbpfx.graph.parts import captured_parts
@@ -77,9 +78,21 @@ def _step(node: fx.Node, state: Propagation) -> Labels:
     touched = (state.labels.get(source) for source in node.all_input_nodes)
     if any(label.blocks for labels in touched for label in _flat(labels)):
         state.unknown[f"{state.prefix}{node.name}"] = name
-    reason = node.meta.get("kept_whole") or f"no rule for {name} (node {node.name!r})"
-    state.pin_call(node, reason)
+    reason = node.meta.get("kept_whole")
+    if reason is not None:
+        inside = _channels_inside(submodule(state.gm, str(node.target)))
+        if inside:
+            state.whole[f"{state.prefix}{node.target}"] = inside, reason
+    state.pin_call(node, reason or f"no rule for {name} (node {node.name!r})")
     return unfollowed(node)
+
+
+def _channels_inside(module: nn.Module) -> int:
+    """How many channels the layers of a module have that no graph computes."""
+    if isinstance(module, fx.GraphModule):
+        return 0
+    own = sum(len(weight) for weight in module.parameters(recurse=False) if weight.ndim > 1)
+    return own + sum(map(_channels_inside, module.children()))
 
 
 def _apply(rule: Rule, node: fx.Node, state: Propagation) -> Labels:

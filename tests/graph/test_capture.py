@@ -244,6 +244,7 @@ def test_the_error_names_the_line_and_the_remedy() -> None:
         trace(Branching(), torch.zeros(2))
     message = str(caught.value)
     assert "test_capture.py" in message and "if x.sum() > 0:" in message
+    assert "a tensor's values. Rewrite the line without control flow on tensor values" in message
     assert isinstance(caught.value, RbpfxError)
 
 
@@ -255,6 +256,72 @@ def test_a_module_that_cannot_be_traced_stays_whole() -> None:
     analysis = analyze(gm)
     assert analysis.unknown == {"inner": "Branching"}
     assert "if x.sum() > 0:" in analysis.frozen[0].reason
+
+
+def test_the_remedy_is_one_for_the_cause() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if type(x) is not Tensor:
+                raise TypeError("no tensor.")
+            return x
+
+    with pytest.raises(CaptureError, match=r": no tensor\. Rewrite the line, or move it"):
+        trace(Failing(), torch.zeros(2))
+
+
+def test_a_module_kept_whole_is_named_even_if_nothing_else_is_pruned() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.second(self.first(x))
+            return y if y.sum() > 0 else -y
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.inner(x) * 2
+            return y
+
+    (axis,) = analyze(trace(Twice(), torch.zeros(2, 4))).frozen
+    assert (axis.name, axis.channels, axis.size) == ("inner", 9, 9)
+    assert "if y.sum() > 0" in axis.reason
+
+
+class Sliced(nn.Module):
+    """Calls parts of a sequence of layers, and a sequence of its own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Linear(4, 6), nn.ReLU(), nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))]
+        self.layers = nn.Sequential(*layers, nn.ReLU())
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.layers[:2](x)
+        second = self.layers[2:](first)
+        y: Tensor = nn.Sequential(*list(self.children())[1:], nn.Tanh())(first + second)
+        return y
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_slices_of_sequences_are_followed(inside: bool) -> None:
+    model: nn.Module = Sliced()
+    model = nn.Sequential(model, nn.Linear(3, 2)) if inside else model
+    x = torch.randn(5, 4)
+    gm = trace(model, x)
+    check_both_modes(model, x)
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    prefix = "0." if inside else ""
+    assert analyze(gm).group(f"{prefix}layers.0").producers == (
+        f"{prefix}layers.0",
+        f"{prefix}layers.2.0",
+    )
 
 
 @pytest.mark.parametrize("leaf", [Branching, "inner"])

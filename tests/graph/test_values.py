@@ -96,7 +96,12 @@ def constants(x: Tensor) -> Tensor:
     return y + torch.arange(100.0)[:h][:, None]
 
 
-FREE = [windows, padded, table, loops, scaled, finite, assigned, constants]
+def pooled(x: Tensor) -> Tensor:
+    y = F.avg_pool2d(x, (x.size(-2), x.size(-1))) + F.max_pool2d(x, (x.size(2), x.size(3)))
+    return y.flatten(1) + F.avg_pool1d(x.flatten(2), x.size(2) * x.size(3)).squeeze(-1)
+
+
+FREE = [windows, padded, table, loops, scaled, finite, assigned, constants, pooled]
 
 
 @pytest.mark.parametrize("function", FREE, ids=lambda f: f.__name__)
@@ -104,7 +109,7 @@ def test_batch_and_image_size_stay_free(function: Any) -> None:
     shape = (6, 8) if function is table else (6, 8, 8)
     gm = traced(function, torch.randn(2, *shape))
     graphs = [gm, pickle.loads(pickle.dumps(gm))]
-    if function is windows:
+    if function in (windows, pooled):
         shape = (6, 9, 12)
     for network in graphs:
         for dtype in (torch.float32, torch.float64):
