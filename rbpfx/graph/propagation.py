@@ -166,7 +166,8 @@ class Propagation:
 
     def is_repetition(self, block: Block | None) -> bool:
         """Whether a block is known by the atoms of a repetition, not by those of channels."""
-        return block is not None and int(block.atoms.flat[0]) in self._repeated
+        first = block.atoms.flat[:1].tolist() if block is not None else []
+        return not self._repeated.isdisjoint(first)
 
     def is_activation(self, node: fx.Node) -> bool:
         """Whether a value depends on the inputs of the model, not on its parameters alone."""

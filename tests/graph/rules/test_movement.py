@@ -103,6 +103,7 @@ REPETITIONS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
         lambda x: x * spatial(x).repeat(1, 8, 1, 1).unflatten(1, (2, 4)).flatten(1, 2),
         8,
     ),
+    "beside no channels": (lambda x: torch.cat([x, x[:, 3:3].sin() * 2.0], 1), 8),
     "one channel to all": (lambda x: x * x[:, 2:3].expand(-1, 8, -1, -1), 7),
     "one channel, repeated": (lambda x: x * x[:, 2:3].repeat(1, 8, 1, 1), 7),
     "over space": (lambda x: x * channelwise(x).expand(-1, -1, 4, 4), 8),
