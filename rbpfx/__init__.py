@@ -52,8 +52,8 @@ from rbpfx.rebinding import rebind
 from rbpfx.report import Figures, Report
 from rbpfx.result import Front, PruningResult
 from rbpfx.saving.load import load
-from rbpfx.selection import Reached, Selection
-from rbpfx.target import Target
+from rbpfx.selection import Selection
+from rbpfx.target import Reached, Target
 from rbpfx.training.finetune import FineTune
 from rbpfx.training.recursion import Progress
 from rbpfx.training.schedule import Recursion

@@ -13,8 +13,7 @@ from rbpfx.errors import InputError, LoadError
 from rbpfx.files import written_aside
 from rbpfx.plain import from_plain, to_plain
 from rbpfx.saving.files import read_plan
-from rbpfx.selection import Reached
-from rbpfx.target import COSTS
+from rbpfx.target import COSTS, Reached
 from rbpfx.training.record import BINS, GateHistograms, Series
 
 MUCH_FORGOTTEN = 0.2

@@ -9,7 +9,6 @@ budget then goes to the next best units that still fit in. A latency does not fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from typing import Protocol
@@ -24,7 +23,7 @@ from rbpfx.graph.parts import example_batch
 from rbpfx.latency.model import LatencyModel
 from rbpfx.latency.search import LatencySearch, edges
 from rbpfx.plan import PruningPlan
-from rbpfx.target import COSTS, Target, Width, matches
+from rbpfx.target import COSTS, Reached, Target, Width, in_units, matches
 
 Values = npt.NDArray[np.float64]
 Units = npt.NDArray[np.bool_]
@@ -50,31 +49,6 @@ class LatencyMeter(Protocol):
 
 SPENT = 0.001
 """Share of a budget that may be left over where units are small enough."""
-
-
-@dataclass(frozen=True)
-class Reached:
-    """What a target asked for and what the emitted network costs.
-
-    Attributes:
-        cost: What is limited: "macs", "params" or "latency".
-        asked: Share of the dense network's cost.
-        reached: Share that the emitted network has.
-    """
-
-    cost: str
-    asked: float
-    reached: float
-
-    def short(self) -> str:
-        """What was asked for, in a few words."""
-        return f"{self.asked:.1%} of the {COSTS[self.cost]}"
-
-    def __str__(self) -> str:
-        text = f"target: {self.asked:.1%} of the {COSTS[self.cost]}, reached {self.reached:.1%}"
-        if self.reached < 0.99 * self.asked and self.cost != "latency":
-            text += " (the widths are too coarse, or bound, to come nearer)"
-        return text
 
 
 class Selection:
@@ -154,7 +128,7 @@ class Selection:
         """What the network of a plan costs, beside what was asked for."""
         if self.budget is None or self.target.cost is None:
             return None
-        return Reached(self.target.cost, self.budget, self._cost(plan))
+        return Reached(self.target.cost, self.budget, self._cost(plan), self._dense_seconds())
 
     def _within(self, scores: Mapping[str, Values], budget: float) -> PruningPlan:
         """The plan of the lowest threshold that a budget of counted cost allows, filled up."""
@@ -300,11 +274,19 @@ class Selection:
             return
         least = self._cost(self._smallest())
         if least > self.budget:
+            asked, kept = f"{self.budget:.1%}", f"{least:.1%}"
+            seconds = self._dense_seconds()
+            if seconds is not None:
+                asked, kept = in_units(self.budget * seconds), in_units(least * seconds)
             raise TargetError(
-                f"the target keeps {self.budget:.1%} of the {COSTS[str(self.target.cost)]}, but "
+                f"the target keeps {asked} of the {COSTS[str(self.target.cost)]}, but "
                 f"with the least width of every group (one unit unless bounded) this network "
-                f"still keeps {least:.1%}; {self.target.remedy()}"
+                f"still keeps {kept}; {self.target.remedy()}"
             )
+
+    def _dense_seconds(self) -> float | None:
+        """What the dense network takes, if the target is a time."""
+        return self._meter().dense_seconds if isinstance(self.target.latency, str) else None
 
     @cached_property
     def training_budget(self) -> float | None:
