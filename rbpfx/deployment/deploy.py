@@ -121,8 +121,8 @@ def deploy(
         packed: Pack weights where that is possible (float32 and bfloat16 on CPUs) and faster on
             this machine for batches like the examples, which is timed layer by layer; the times
             are kept on disk (`rbpfx.latency.operators`). A packed network stays on CPUs and in its
-            type. Its `state_dict`, pickles and copies have plain weights, and exports are made
-            from its plain form.
+            type, and refuses inputs that require gradients. Its `state_dict`, pickles and copies
+            have plain weights, and exports are made from its plain form.
         compile: Return a `CompiledNetwork`, which is compiled by inductor when it is first
             called. Nothing is packed then; inductor packs.
         tolerance: How far the result may be from `model` in the type it computes in, relative to
