@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
 from rbpfx.errors import InputError, RbpfxError
 from rbpfx.graph.device import device_of
 from rbpfx.graph.tracer import LeafModule
+from rbpfx.networks import require_model
 from rbpfx.target import Target
 from rbpfx.training.finetune import FineTune
 from rbpfx.training.schedule import Recursion
@@ -38,9 +37,6 @@ FUNCTIONS = {
     "callback": ("callback(progress)", "print"),
 }
 """Argument -> how it is called, and an example."""
-
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-"""Modules around another one, which is their attribute `module`."""
 
 
 def check_arguments(model: object, loader: object, **given: object) -> None:
@@ -82,59 +78,6 @@ def check_arguments(model: object, loader: object, **given: object) -> None:
         optional = name == "checkpoint_dir" and value is None
         if name in given and not optional and not isinstance(value, wanted):
             raise InputError(f"{name}={short(value)} must be {words}")
-
-
-def require_model(model: object) -> None:
-    """A model is a module with weights and with Python code that can be traced.
-
-    Raises:
-        InputError: It is something else; says what to pass instead.
-    """
-    kind = type(model).__name__
-    if isinstance(model, type):
-        raise InputError(f"the model is the class {model.__name__}; pass a trained instance of it")
-    if isinstance(model, Mapping):
-        raise InputError(
-            f"the model is a mapping ({kind}), perhaps a state_dict; pass the network: build it "
-            "and call its load_state_dict(...)"
-        )
-    if isinstance(model, ExportedProgram):
-        raise InputError("the model is an exported program; pass rbpfx.trace(program)")
-    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        raise InputError(
-            f"the model is a {kind} of TorchScript, which has no Python code that could be "
-            "captured; pass the module that was scripted or traced"
-        )
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"the model is of the type {kind}, not a torch.nn.Module; pass the network itself, or "
-            "wrap what computes it in a module that holds its weights"
-        )
-    path = _path_inside(model)
-    if path:
-        raise InputError(
-            f"the model is wrapped in {kind}, which is no part of the network; pass model{path}"
-        )
-    if any(p.is_meta for p in model.parameters()):
-        raise InputError(
-            "the model has parameters on the meta device, which have no values; load its weights "
-            "first, for example by model.to_empty(device='cpu') and model.load_state_dict(...)"
-        )
-
-
-def _path_inside(model: nn.Module) -> str:
-    """The attributes that lead to the module inside wrappers; empty if there are none."""
-    path = ""
-    while True:
-        # That of torch.compile has a class whose import takes seconds.
-        if isinstance(model._modules.get("_orig_mod"), nn.Module):
-            attribute = "_orig_mod"
-        elif isinstance(model, WRAPPERS):
-            attribute = "module"
-        else:
-            return path
-        model = getattr(model, attribute)
-        path += f".{attribute}"
 
 
 def _require_loader(name: str, loader: object) -> None:
@@ -260,4 +203,4 @@ def _some(names: Iterable[str], most: int = 20) -> str:
     return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
 
 
-__all__ = ["as_number", "check_arguments", "known_leaves", "require_model", "usable_device"]
+__all__ = ["as_number", "check_arguments", "known_leaves", "usable_device"]

@@ -127,6 +127,10 @@ class Emission:
                     "for a budget, not by the method's own rule"
                 )
             return value
+        if value is None:  # it would be the old target again
+            raise TargetError(
+                "a sweep takes targets and numbers, not None; for example result.sweep([0.5])"
+            )
         asked = self.target or Target()
         budget: dict[str, Any] = {asked.cost or "macs": value}
         return replace(asked, **budget)

@@ -41,14 +41,15 @@ def rebind(optimizer: Optimizer, result: PruningResult) -> Optimizer:
         `optimizer`. Gradients are gone, since the parameters are new.
 
     Raises:
-        InputError: The optimiser trains something else, or keeps lists of parameters besides
-            `param_groups` (LBFGS); it is unchanged then.
+        InputError: These are no optimiser and no result, the optimiser trains something else, or
+            it keeps lists of parameters besides `param_groups` (LBFGS); it is unchanged then.
 
     Examples:
         >>> result = prune(model, loader, recovery=FineTune(epochs=0))  # doctest: +SKIP
         >>> model = result.model  # doctest: +SKIP
         >>> rebind(optimizer, result)  # doctest: +SKIP
     """
+    _require_kinds(optimizer, result)
     _require_plain(optimizer)
     successors = _successors(result)
     unknown = [p for p in _parameters(optimizer) if p not in successors]
@@ -154,6 +155,20 @@ def _is_like(tensor: Tensor, old: Tensor) -> bool:
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _require_kinds(optimizer: object, result: object) -> None:
+    """Refuse what is no optimiser, or no result."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(result, Optimizer):
+        raise InputError("the optimiser comes first: rebind(optimizer, result)")
+    if not isinstance(optimizer, Optimizer):
+        remedy = "pass the torch.optim.Optimizer that trains the model given to prune"
+        if isinstance(inner, Optimizer):
+            remedy = "pass its attribute `optimizer`, which it goes on to hold"
+        raise InputError(f"{type(optimizer).__name__} is no optimiser; {remedy}")
+    if not hasattr(result, "source") or not hasattr(result, "plan"):
+        raise InputError(f"{type(result).__name__} is no result; pass what prune returned")
 
 
 def _require_plain(optimizer: Optimizer) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from rbpfx.deployment.deploy import deploy
+from rbpfx.deployment.deploy import deploy, types_of
 from rbpfx.errors import RbpfxError
+from rbpfx.graph.capture import ExampleInputs
 from rbpfx.graph.groups import Analysis
 from rbpfx.plan import PruningPlan
 from rbpfx.report import Report
@@ -69,7 +71,18 @@ class PruningResult:
                 "this result has been pickled or loaded and no longer holds example inputs; call "
                 "rbpfx.deploy(result.model, example_inputs)"
             )
-        return deploy(self.model, self.emission.inputs, **options)
+        return deploy(self.model, self._example_inputs(self.emission.inputs), **options)
+
+    def _example_inputs(self, inputs: ExampleInputs) -> ExampleInputs:
+        """Example inputs in the type that the network was converted to meanwhile, if it was."""
+        before, after = types_of(self.dense), types_of(self.model)
+        if before == after or len(before) + len(after) > 2:
+            return inputs
+        (was,), (is_now,) = before, after
+        converted: ExampleInputs = tree_map_only(
+            Tensor, lambda tensor: tensor.to(is_now) if tensor.dtype == was else tensor, inputs
+        )
+        return converted
 
     def save(
         self,

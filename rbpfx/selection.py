@@ -23,7 +23,7 @@ from rbpfx.graph.parts import example_batch
 from rbpfx.latency.model import LatencyModel
 from rbpfx.latency.search import LatencySearch, edges
 from rbpfx.plan import PruningPlan
-from rbpfx.target import COSTS, Reached, Target, Width, matches
+from rbpfx.target import COSTS, Reached, Target, Width, in_units, matches
 
 Values = npt.NDArray[np.float64]
 Units = npt.NDArray[np.bool_]
@@ -132,7 +132,7 @@ class Selection:
         """What the network of a plan costs, beside what was asked for."""
         if self.budget is None or self.target.cost is None:
             return None
-        return Reached(self.target.cost, self.budget, self._cost(plan))
+        return Reached(self.target.cost, self.budget, self._cost(plan), self._dense_seconds())
 
     def _within(self, scores: Mapping[str, Values], budget: float) -> PruningPlan:
         """The plan of the lowest threshold that a budget of counted cost allows, filled up."""
@@ -278,11 +278,19 @@ class Selection:
             return
         least = self._cost(self._smallest())
         if least > self.budget:
+            asked, kept = f"{self.budget:.1%}", f"{least:.1%}"
+            seconds = self._dense_seconds()
+            if seconds is not None:
+                asked, kept = in_units(self.budget * seconds), in_units(least * seconds)
             raise TargetError(
-                f"the target keeps {self.budget:.1%} of the {COSTS[str(self.target.cost)]}, but "
+                f"the target keeps {asked} of the {COSTS[str(self.target.cost)]}, but "
                 f"with the least width of every group (one unit unless bounded) this network "
-                f"still keeps {least:.1%}; {self.target.remedy()}"
+                f"still keeps {kept}; {self.target.remedy()}"
             )
+
+    def _dense_seconds(self) -> float | None:
+        """What the dense network takes, if the target is a time."""
+        return self._meter().dense_seconds if isinstance(self.target.latency, str) else None
 
     @cached_property
     def training_budget(self) -> float | None:

@@ -83,6 +83,11 @@ class Target:
                 self.latency_share(1.0)  # complains
             elif not value > 0:
                 raise TargetError(f"Target({name}={value}) must be positive, for example 0.5")
+        if self.deployed and self.latency is None and self.round_to != AUTO:
+            raise TargetError(
+                "Target(deployed=True) says which form a latency is that of; give latency=..., or "
+                "leave it out"
+            )
         for name in ("round_to", "min_width", "batch_size"):
             value = getattr(self, name)
             if name == "round_to" and value == AUTO:
@@ -134,8 +139,8 @@ class Target:
             )
         bounds = [
             f"{name}={getattr(self, name)}"
-            for name, default in (("round_to", 1), ("min_width", 1), ("widths", {}))
-            if getattr(self, name) != default
+            for name in ("round_to", "min_width", "widths", "exclude")
+            if getattr(self, name) not in (1, {}, (), [])
         ]
         return " or less of ".join(["choose a larger target", *bounds])
 
@@ -158,6 +163,46 @@ class Target:
             )
         assert value is not None
         return value
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a target asked for and what the emitted network costs.
+
+    Attributes:
+        cost: What is limited: "macs", "params" or "latency".
+        asked: Share of the dense network's cost.
+        reached: Share that the emitted network has.
+        seconds: Latency of the dense network, if a time was asked for and not a share.
+    """
+
+    cost: str
+    asked: float
+    reached: float
+    seconds: float | None = None
+
+    def short(self) -> str:
+        """What was asked for, in a few words."""
+        if self.seconds is not None:
+            return f"latency {in_units(self.asked * self.seconds)}"
+        return f"{self.asked:.1%} of the {COSTS[self.cost]}"
+
+    def __str__(self) -> str:
+        text = f"target: {self.short()}, reached {self._reached()}"
+        if self.reached < 0.99 * self.asked and self.cost != "latency":
+            text += " (the widths are too coarse, or bound, to come nearer)"
+        return text
+
+    def _reached(self) -> str:
+        if self.seconds is None:
+            return f"{self.reached:.1%}"
+        return f"{in_units(self.reached * self.seconds)} ({self.reached:.1%} of the dense network)"
+
+
+def in_units(seconds: float) -> str:
+    """A time in the unit that suits it, for example "4.5 ms"."""
+    unit = next((name for name, size in UNITS.items() if seconds >= size), "us")
+    return f"{seconds / UNITS[unit]:.4g} {unit}"
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

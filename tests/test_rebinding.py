@@ -344,3 +344,19 @@ class TestEndToEnd:
         gc.collect()
         with pytest.raises(InputError, match="does not exist any more"):
             rebind(optimizer, result)
+
+
+def test_wrong_arguments() -> None:
+    model = ShortcutNet()
+    result = half(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for first, second, message in (
+        (None, result, "no optimiser"),
+        (result, optimizer, "comes first"),
+        (scheduler, result, "attribute `optimizer`"),
+        (optimizer, model, "no result"),
+    ):
+        with pytest.raises(InputError, match=message):
+            rebind(first, second)
+    rebind(optimizer, result)

@@ -231,9 +231,20 @@ class TestTraining:
         assert torch.equal(torch.rand(3), wanted)
 
 
+def test_a_converted_network_is_deployed_as_it_is(result: PruningResult) -> None:
+    converted = replace(result, model=copy.deepcopy(result.model).bfloat16())
+    x = BATCHES[0][0].bfloat16()
+    assert converted.deploy()(x).dtype == torch.bfloat16
+
+
 @pytest.mark.usefixtures("no_work")
 class TestErrors:
     """They are raised before any network is emitted."""
+
+    @pytest.mark.parametrize("value", [None, "half", True])
+    def test_what_is_no_target(self, result: PruningResult, value: Any) -> None:
+        with pytest.raises(TargetError, match="number"):
+            result.sweep([value])
 
     @pytest.mark.parametrize(
         "unreachable", [1e-6, Target(params=1e-6), Target(macs=0.5, min_width=8)]

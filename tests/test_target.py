@@ -69,3 +69,10 @@ def test_bounds_alone_limit_no_cost() -> None:
     assert target.cost is None
     with pytest.raises(TargetError, match="limits no cost"):
         target.share(100)
+
+
+def test_the_form_is_that_of_a_latency() -> None:
+    with pytest.raises(TargetError, match="deployed=True"):
+        Target(macs=0.5, deployed=True)
+    Target(latency=0.5, deployed=True)
+    Target(macs=0.5, round_to="auto", deployed=True)

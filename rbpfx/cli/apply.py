@@ -12,6 +12,7 @@ import click
 import torch
 from torch import nn
 
+from rbpfx.arguments import known_leaves
 from rbpfx.circumstances import environment
 from rbpfx.cli import options
 from rbpfx.cli.console import Answer, Console, reporting
@@ -84,7 +85,8 @@ def apply(
         if saved is None:
             inputs = example_inputs(source, network, input_size, None, console)
             require_savable(describe_inputs(inputs))
-            gm = trace(copy_model(network, {}), inputs, leaf_modules=leaf_modules)
+            leaves = known_leaves(network, leaf_modules)
+            gm = trace(copy_model(network, {}), inputs, leaf_modules=leaves)
         else:
             leaf_modules, analysis = tuple(saved.leaf_modules), dict(saved.analysis)
             inputs = build_inputs(saved.inputs, torch.device("cpu"))

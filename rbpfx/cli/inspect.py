@@ -12,6 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from rbpfx.arguments import known_leaves
 from rbpfx.cli import options
 from rbpfx.cli.console import Answer, Console, reporting
 from rbpfx.cli.data import DataOptions, first_inputs, open_data
@@ -65,7 +66,7 @@ def inspect(
         network = source.build().eval()
         inputs = example_inputs(source, network, input_size, data, console)
         begin("capturing")
-        gm = trace(network, inputs, leaf_modules=leaf_modules)
+        gm = trace(network, inputs, leaf_modules=known_leaves(network, leaf_modules))
         begin("analysing")
         found = analyze(gm, **analysis)
         return Answer(_text(model, gm, found, inputs), _plain(model, gm, found, inputs))

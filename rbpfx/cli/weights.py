@@ -68,7 +68,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             "the weights alone: torch.save(model.state_dict(), file)"
         ) from error
     except OSError as error:
-        raise LoadError(f"the weights {str(path)!r} cannot be read: {error.strerror}") from error
+        # Those of safetensors have a message and no error number.
+        reason = error.strerror or error
+        raise LoadError(f"the weights {str(path)!r} cannot be read: {reason}") from error
     except Exception as error:  # of a damaged file: whatever the bytes happen to mean
         raise LoadError(f"{str(path)!r} is no file of weights, or damaged: {error!r}") from error
     for name in CONTAINERS:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,7 +25,14 @@ from rbpfx.deployment.nodes import copied, module_calls, module_of
 from rbpfx.deployment.packing import PackedLayer, pack, unpack
 from rbpfx.deployment.specialize import specialize
 from rbpfx.errors import InputError, VerificationError
-from rbpfx.graph.capture import ExampleInputs, evaluating, note_inputs, trace
+from rbpfx.graph.capture import (
+    ExampleInputs,
+    bind_inputs,
+    evaluating,
+    note_inputs,
+    require_that_it_runs,
+    trace,
+)
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.lazy import LazyGraphModule
 from rbpfx.graph.metadata import record_metadata
@@ -37,6 +45,7 @@ from rbpfx.graph.verification import (
     name_finer_type,
     verify,
 )
+from rbpfx.networks import require_model
 from rbpfx.surroundings import usual_modes
 
 # Ours: what rounding may do to a deep network in a type, of its largest output.
@@ -112,8 +121,8 @@ def deploy(
         packed: Pack weights where that is possible (float32 and bfloat16 on CPUs) and faster on
             this machine for batches like the examples, which is timed layer by layer; the times
             are kept on disk (`rbpfx.latency.operators`). A packed network stays on CPUs and in its
-            type. Its `state_dict`, pickles and copies have plain weights, and exports are made
-            from its plain form.
+            type, and refuses inputs that require gradients. Its `state_dict`, pickles and copies
+            have plain weights, and exports are made from its plain form.
         compile: Return a `CompiledNetwork`, which is compiled by inductor when it is first
             called. Nothing is packed then; inductor packs.
         tolerance: How far the result may be from `model`, each in the type it computes in,
@@ -127,7 +136,8 @@ def deploy(
         VerificationError: In float64 the plain form differs from the model by more than 1e-9, or
             the result by more than `tolerance`; it is not used.
         CaptureError: The model cannot be captured.
-        InputError: `example_inputs` do not fit, or `dtype` is none that the network runs in.
+        InputError: `model` is no network, `example_inputs` do not fit, `tolerance` is no number, or
+            `dtype` is none that the network runs in.
 
     Examples:
         >>> from torchvision.models import resnet18
@@ -139,9 +149,14 @@ def deploy(
         raise InputError(
             f"dtype={dtype!r} must be a floating point torch.dtype, for example torch.bfloat16"
         )
+    require_tolerance(tolerance)
     model = captured(model, example_inputs)
     reference = in_double(copy_model(model, {})).eval()
-    error = verify(reference, plain_form(reference), example_inputs)
+    try:
+        error = verify(reference, plain_form(reference), example_inputs)
+    except Exception:
+        require_that_it_runs(model, bind_inputs(model, example_inputs))
+        raise
     _require(error, TOLERANCE, torch.float64)
 
     network = lowered(model, example_inputs, dtype, channels_last, packed and not compile, compile)
@@ -172,7 +187,7 @@ def lowered(
     """
     network = plain_form(model)
     note_inputs(network, example_inputs)
-    converts = dtype is not None and _types_of(network) != {dtype}
+    converts = dtype is not None and types_of(network) != {dtype}
     for part in captured_parts(network).values():
         if dtype is not None and converts:
             _convert(part, dtype)
@@ -187,9 +202,15 @@ def lowered(
 
 
 def captured(model: nn.Module, example_inputs: ExampleInputs) -> nn.Module:
-    """A model as a captured network without packed layers; the model itself if it is one."""
+    """A model as a captured network without packed layers; the model itself if it is one.
+
+    Raises:
+        InputError: It is no network, or `example_inputs` do not fit it.
+        CaptureError: It cannot be captured.
+    """
     if isinstance(model, CompiledNetwork):
         model = model.network
+    require_model(model)
     if not captured_parts(model):
         return trace(model, example_inputs)
     if any(isinstance(module, PackedLayer) for module in model.modules()):
@@ -224,7 +245,7 @@ def _without_unused(gm: fx.GraphModule) -> fx.GraphModule:
     return result.eval().requires_grad_(False)
 
 
-def _types_of(network: nn.Module) -> set[torch.dtype]:
+def types_of(network: nn.Module) -> set[torch.dtype]:
     """The floating point types of the weights."""
     tensors = itertools.chain(network.parameters(), network.buffers())
     return {t.dtype for t in tensors if t.is_floating_point()} or {torch.float32}
@@ -232,7 +253,7 @@ def _types_of(network: nn.Module) -> set[torch.dtype]:
 
 def _coarsest_type(network: nn.Module) -> torch.dtype:
     """The type of some weights that bounds how exact results are."""
-    return max(_types_of(network), key=_rounding)
+    return max(types_of(network), key=_rounding)
 
 
 def _rounding(dtype: torch.dtype) -> float:
@@ -342,6 +363,13 @@ def _difference_on_random_inputs(
                 f"the deployed network does not run: {error}. If its code names types or memory "
                 "layouts, deploy it with dtype=None, channels_last=False and packed=False."
             ) from error
+
+
+def require_tolerance(tolerance: object) -> None:
+    """Complain of a tolerance that is no number from 0 up; None stands for the usual one."""
+    is_number = isinstance(tolerance, Real) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (is_number and tolerance >= 0):  # type: ignore[operator]
+        raise InputError(f"tolerance={tolerance!r} must be a number from 0 up, for example 1e-3")
 
 
 def _require(error: float, limit: float, dtype: torch.dtype) -> None:

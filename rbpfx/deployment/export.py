@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rbpfx.deployment.deploy import captured, plain_form
+from rbpfx.deployment.deploy import captured, plain_form, require_tolerance
 from rbpfx.deployment.onnx_names import name_values, output_names
 from rbpfx.errors import ExportError, VerificationError
 from rbpfx.files import written_aside
-from rbpfx.graph.capture import ExampleInputs, bind_inputs
+from rbpfx.graph.capture import ExampleInputs, bind_inputs, require_that_it_runs
 from rbpfx.graph.device import device_of
 from rbpfx.graph.examples import count_examples
 from rbpfx.graph.parts import captured_parts
@@ -69,8 +69,10 @@ def export(
     Raises:
         ExportError: The suffix names no format, `path` is a directory, a package or a compiler is
             missing, or the network cannot be exported.
+        InputError: `model` is no network, or `example_inputs` do not fit it.
         VerificationError: The file computes something else.
     """
+    require_tolerance(tolerance)
     path = Path(path)
     suffix, write = next(
         ((s, w) for s, w in _FORMATS.items() if path.name.endswith(s)), (None, None)
@@ -88,6 +90,7 @@ def export(
             "other runtime has; export the parts that rbpfx.trace has put into it."
         )
     inputs = bind_inputs(network, example_inputs)
+    require_that_it_runs(network, inputs)
     device = device_of(network)
     inputs = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, inputs)
     source = _Source(network, inputs, isinstance(example_inputs, Mapping))

@@ -156,6 +156,12 @@ def _as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, 
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
+    if not isinstance(example_inputs, Tensor):
+        raise InputError(
+            f"the example inputs are of the type {type(example_inputs).__name__}; give a tensor, a "
+            "tuple of positional arguments, or a mapping of keyword arguments, as the model is "
+            "called with"
+        )
     return (example_inputs,), {}
 
 
@@ -219,7 +225,7 @@ def _capture(
             if conversions.suspended():
                 continue
             if not kept and not functions:
-                _require_that_it_runs(model, supplied)
+                require_that_it_runs(model, supplied)
             failed_in = refusal.failed_in
             if callable(failed_in) and failed_in not in functions:
                 functions.add(failed_in)
@@ -269,8 +275,12 @@ def _look_inside(
     capture_inside(module, opaque, lambda twin: twin(**supplied), capture)
 
 
-def _require_that_it_runs(root: nn.Module, supplied: Mapping[str, Any]) -> None:
-    """Tell inputs that do not fit from code that cannot be traced."""
+def require_that_it_runs(root: nn.Module, supplied: Mapping[str, Any]) -> None:
+    """Tell inputs that do not fit from code that cannot be traced.
+
+    Raises:
+        InputError: The model does not run on the inputs.
+    """
     twin = copy_model(root, {}).eval()
     try:
         with torch.no_grad():

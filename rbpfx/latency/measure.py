@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, overload
 
@@ -19,6 +19,7 @@ from rbpfx.graph.examples import count_examples, resize_batch
 from rbpfx.graph.garbage import collection_paused
 from rbpfx.latency.memory import Memory, parameter_bytes, peak_allocated
 from rbpfx.latency.results import Comparison, Latency
+from rbpfx.networks import inside
 from rbpfx.training.layout import to_channels_last
 
 if TYPE_CHECKING:
@@ -213,15 +214,17 @@ def _named(models: Networks) -> dict[str, nn.Module]:
         named = {type(models).__name__: models}
     elif isinstance(models, Mapping):
         named = {str(name): network for name, network in models.items()}
+    elif not isinstance(models, Iterable):
+        named = {"the model": models}
     else:
         named = {f"network {place}": network for place, network in enumerate(models)}
     if not named:
         raise InputError("there is no network to measure; pass one, or a list or dict of them")
     for name, network in named.items():
         if not isinstance(network, nn.Module):
+            remedy = inside(network) or "wrap it in a module whose forward calls it"
             raise InputError(
-                f"{name} is a {type(network).__name__}, not a torch.nn.Module; wrap it in a module "
-                "whose forward calls it"
+                f"{name} is a {type(network).__name__}, not a torch.nn.Module; {remedy}"
             )
     return named
 

@@ -84,7 +84,11 @@ def load(
         where = device_of(original)
         return network.to(where if device is None else device)
     except Exception as error:
-        cause = str(error) if isinstance(error, RbpfxError) else f"cannot be rebuilt: {error!r}"
+        cause = (
+            str(error)
+            if isinstance(error, RbpfxError)
+            else f"the network cannot be rebuilt: {error!r}"
+        )
         raise LoadError(f"{cause}{_versions(plan)}") from error
 
 

@@ -113,8 +113,8 @@ def _require_emitted(result: PruningResult) -> None:
 
 def _named_library(source: str, origin: Origin) -> Library:
     """The library model that the user names, once it is certain that it is the right one."""
-    library = Library.parse(source)
     try:
+        library = Library.parse(source)
         origin.capture(library.build())
     except LoadError as error:
         raise SaveError(f"source={source!r} is not what was pruned: {error}") from error

@@ -59,9 +59,11 @@ class FineTune:
     scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
 
     def __post_init__(self) -> None:
-        epochs_fit = self.epochs is None or self.epochs >= 0
+        epochs_fit = self.epochs is None or 0 <= self.epochs < float("inf")
         if not epochs_fit or not (self.lr is None or self.lr > 0):
-            raise RbpfxError(f"{self}: epochs must not be negative, lr must be positive")
+            raise RbpfxError(
+                f"{self}: epochs must not be negative nor infinite, lr must be positive"
+            )
         if not self.weight_decay >= 0:
             raise RbpfxError(f"{self}: weight_decay must not be negative")
         if not 0 <= self.momentum < 1:

@@ -74,6 +74,8 @@ class Recursion:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RbpfxError(f"Recursion({name}={value}) must be positive")
+            if name in ("epochs", "strength") and value == float("inf"):
+                raise RbpfxError(f"Recursion({name}={value}) must be finite")
         for name in ("weight_lr", "weight_decay", "tolerance"):
             value = getattr(self, name)
             if value is not None and not value >= 0:

@@ -120,6 +120,18 @@ def test_rankings_need_a_target(run: Run) -> None:
     assert "--method taylor needs a target, for example --macs 0.5" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--epochs", "inf"), "Recursion(epochs=inf) must be finite"),
+        (("--recovery-epochs", "inf"), "finite"),
+        (("--macs", "0.5", "--deployed"), "deployed=True"),
+    ],
+)
+def test_settings_without_sense(options: tuple[str, ...], message: str, run: Run) -> None:
+    assert message in run("prune", "nets:small", "--data", "digits", "--out", "new", *options).error
+
+
 # -- inspect ------------------------------------------------------------------------------------
 
 
@@ -143,6 +155,11 @@ def test_inspect_as_json_agrees_with_the_library(run: Run) -> None:
 
 def test_inspect_needs_inputs(run: Run) -> None:
     assert "give --input-size" in run("inspect", "nets:small").error
+
+
+def test_inspect_refuses_leaves_that_are_not_there(run: Run) -> None:
+    ran = run("inspect", "nets:small", "--data", "digits", "--leaf", "nope")
+    assert "no module of the model is called 'nope'" in ran.error
 
 
 def test_inspect_names_what_is_frozen_if_nothing_can_go(run: Run, work: Path) -> None:

@@ -101,3 +101,9 @@ def test_files_that_cannot_be_read(name: str, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(LoadError, match="no file of weights, or damaged"):
             load_weights(network(), tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "missing.pt"])
+def test_a_missing_file_is_said_to_be_missing(name: str, tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"cannot be read: .*[Nn]o such file"):
+        load_weights(network(), tmp_path / name)

@@ -7,6 +7,7 @@ import itertools
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -631,3 +632,37 @@ def test_layers_are_timed_for_the_batch_at_hand(monkeypatch: pytest.MonkeyPatch)
     gm = rbpfx.trace(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(2, 3, 8, 8))
     deploy(gm, torch.zeros(5, 3, 8, 8))
     assert asked and all("(5, 3, 8, 8)" in key for key in asked)
+
+
+HOLDER = SimpleNamespace(model=ShortcutNet(), deploy=print)
+WRONG_MODELS: dict[str, tuple[Any, str]] = {
+    "a result": (HOLDER, "attribute `model`, or what its method deploy"),
+    "no module": ("resnet18", "not a torch.nn.Module"),
+    "in parallel": (nn.DataParallel(ShortcutNet()), r"pass model\.module"),
+    "compiled": (torch.compile(ShortcutNet(), backend="eager"), r"pass model\._orig_mod"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_MODELS)
+def test_what_is_no_network(kind: str) -> None:
+    model, message = WRONG_MODELS[kind]
+    with pytest.raises(InputError, match=message):
+        deploy(model, torch.randn(2, 1, 6, 6))
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize(
+    "inputs", [None, torch.zeros(2, 1, 6, 6).numpy(), torch.randn(2, 3, 6, 6), (1, 2)], ids=type
+)
+def test_wrong_examples(inputs: Any, captured: bool) -> None:
+    model = ShortcutNet()
+    if captured:
+        model = rbpfx.trace(model, torch.zeros(2, 1, 6, 6))
+    with pytest.raises(InputError, match="inputs"):
+        deploy(model, inputs)
+
+
+@pytest.mark.parametrize("tolerance", [-1e-3, float("nan"), "a", True])
+def test_a_tolerance_is_a_number(tolerance: Any) -> None:
+    with pytest.raises(InputError, match="tolerance="):
+        deploy(ShortcutNet(), torch.randn(2, 1, 6, 6), tolerance=tolerance)

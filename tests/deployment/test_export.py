@@ -14,7 +14,7 @@ from torchvision import models
 from rbpfx.deployment import export as exports
 from rbpfx.deployment.deploy import deploy
 from rbpfx.deployment.export import export
-from rbpfx.errors import ExportError, VerificationError
+from rbpfx.errors import ExportError, InputError, VerificationError
 from rbpfx.graph.verification import difference
 from rbpfx.testing import randomize
 from tests.toy import ShortcutNet
@@ -199,3 +199,10 @@ def test_code_of_its_own_cannot_be_exported(tmp_path: Path) -> None:
     )
     with pytest.raises(ExportError, match="Python code of its own"):
         export(model.eval(), ([torch.rand(3, 320, 320)],), tmp_path / "net.pt2")
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(1, 3, 6, 6)], ids=type)
+def test_wrong_examples(model: nn.Module, inputs: Any, tmp_path: Path) -> None:
+    deployed = deploy(model, X)
+    with pytest.raises(InputError, match="inputs"):
+        export(deployed, inputs, tmp_path / "net.pt2")

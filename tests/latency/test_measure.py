@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,3 +191,10 @@ def test_a_model_that_cannot_be_copied() -> None:
     model.cached = model.weight * 2  # a tensor with a history
     with pytest.raises(InputError, match="cannot be copied"):
         measure_latency(model, torch.zeros(3, 2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_result_is_no_network(listed: bool) -> None:
+    holder: Any = SimpleNamespace(model=nn.Linear(2, 2), deploy=print)
+    with pytest.raises(InputError, match="attribute `model`"):
+        measure_latency([holder] if listed else holder, torch.zeros(1, 2), **BRIEF)

@@ -1,5 +1,7 @@
 """Latency targets on a machine whose times are known."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,21 @@ def test_the_correction_is_remembered(resnet: Analysis) -> None:
 def test_unreachable(resnet: Analysis) -> None:
     with pytest.raises(TargetError, match=r"keeps 5\.0% of the latency"):
         Selection(resnet, Target(latency=0.05), StairMeter(resnet))
+
+
+def test_times_are_said_in_units(resnet: Analysis) -> None:
+    """The dense network takes 20 ms."""
+    message = r"keeps 1 us of the latency.* still keeps [\d.]+ (ms|us); .*exclude=\['layer1'\]"
+    with pytest.raises(TargetError, match=message):
+        Selection(resnet, Target(latency="1 us", exclude=["layer1"]), StairMeter(resnet))
+    selection = Selection(resnet, Target(latency="10 ms"), StairMeter(resnet))
+    reached = selection.reached(selection.plan(random_scores(selection)))
+    assert reached is not None and reached.short() == "latency 10 ms"
+    assert re.fullmatch(
+        r"target: latency 10 ms, reached [\d.]+ ms \([\d.]+% of the dense network\)", str(reached)
+    )
+    wide = Selection(resnet, Target(latency="30 s"), StairMeter(resnet))
+    assert "30 s" in str(wide.reached(wide.plan(random_scores(wide))))
 
 
 def test_rounding_by_the_staircase(resnet: Analysis) -> None:

@@ -182,6 +182,7 @@ def test_divergence_restores_state_and_mode(epochs: float) -> None:
     ("wrong", "message"),
     [
         ({"epochs": -1}, "lr must be positive"),
+        ({"epochs": float("inf")}, "infinite"),
         ({"epochs": float("nan")}, "epochs must not be negative"),
         ({"lr": 0}, "lr must be positive"),
         ({"lr": float("nan")}, "lr must be positive"),
