@@ -114,11 +114,11 @@ def prune(
         progress: Whether to show a progress bar.
         callback: Called after every step of both trainings; what it raises ends them. For example
             a `rbpfx.reporting.TensorBoardLogger`.
-        checkpoint_dir: Where training is saved: at every hardened group, at the end of every
-            epoch, and at intervals. The same call goes on from there, whatever ended the process;
-            on the CPU it ends with the very network that it would have ended with. Ctrl-C then
-            stops at the next step, saves, and returns the result so far; a second one ends it now.
-            SIGTERM saves and exits.
+        checkpoint_dir: Where training is saved: at the end of every epoch, at intervals, and at
+            hardened groups as long as saving takes little of the time. The same call goes on
+            from there, whatever ended the process; on the CPU it ends with the very network that
+            it would have ended with. Ctrl-C then stops at the next step, saves, and returns the
+            result so far; a second one ends it now. SIGTERM saves and exits.
         checkpoint_interval: Seconds between two checkpoints at most, but for the time of a step.
 
     Returns:

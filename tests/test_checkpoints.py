@@ -174,6 +174,25 @@ class TestResume:
         assert same(prune(dense, tmp_path, callback=seen.append), whole)
         assert seen[0].step == 7  # an epoch has six
 
+    @pytest.mark.parametrize("share", [0.0, 1e9])
+    def test_a_hardened_group_is_written_if_there_is_time(
+        self, dense, whole, tmp_path, monkeypatch, share: float
+    ) -> None:
+        written = []
+        write = store_module.Store.write
+
+        def noted(store: Any, stage: str, step: int, state: Any) -> None:
+            written.append((stage, step))
+            write(store, stage, step, state)
+
+        monkeypatch.setattr(store_module, "SHARE", share)
+        monkeypatch.setattr(store_module.Store, "write", noted)
+        assert same(prune(dense, tmp_path, checkpoint_interval=1e9), whole)
+        hardened = {entry["step"] for entry in whole.report.history}
+        assert hardened - {0, 6, 12}
+        expected = {0, 6, 12} | (hardened if share else set())
+        assert {step for stage, step in written if stage == "noise"} == expected
+
     @pytest.mark.parametrize(
         ("options", "step"),
         [

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -36,6 +37,9 @@ STAGES = ("noise", "cut", "fine-tuning")
 """What checkpoints are of, in order: a new one makes those of later stages void."""
 KEPT = 2
 """Checkpoints of a stage that are kept."""
+SHARE = 0.05
+"""Of the time since the store was opened: less than this goes into checkpoints that may be left out
+(ours)."""
 FORMAT = 1
 LOCK = ".lock"
 CHECKSUM = 16
@@ -61,6 +65,7 @@ class Store:
     def __init__(self, directory: str | os.PathLike[str], identity: dict[str, str]) -> None:
         self.directory = Path(directory)
         self.identity = identity
+        self._opened, self._seconds = time.monotonic(), 0.0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.directory)
@@ -87,6 +92,7 @@ class Store:
             CheckpointError: It could not be written, for example as the disk is full; the earlier
                 ones are still there.
         """
+        started = time.monotonic()
         header = {"format": FORMAT, "identity": self.identity, "state": state.content}
         try:
             with tempfile.TemporaryDirectory(dir=self.directory, prefix=ASIDE) as folder:
@@ -105,6 +111,12 @@ class Store:
         void = [path for name in later for path in self._files(name)]
         for path in [*self._files(stage)[KEPT:], *void]:
             path.unlink(missing_ok=True)
+        self._seconds += time.monotonic() - started
+
+    @property
+    def has_time(self) -> bool:
+        """Whether writing has taken little of the time so far."""
+        return self._seconds < SHARE * (time.monotonic() - self._opened)
 
     def latest(self, stage: str) -> Any:
         """The state in the last checkpoint of a stage that is not damaged; None if there is none.
@@ -170,23 +182,34 @@ class Checkpoints(NamedTuple):
     interval: float
     strategy: Strategy
 
-    def write(self, step: int, state: Encoded) -> None:
+    def write(self, step: int, state: Encoded, optional: bool = False) -> bool:
         """Write a checkpoint; if that fails, training goes on, as there are older ones.
+
+        Args:
+            step: How far the stage is.
+            state: From `encode`.
+            optional: Whether to leave it out if writing has taken much of the time so far.
+
+        Returns:
+            Whether it was not left out.
 
         Raises:
             CheckpointError: It is the first one in the directory. Better now than after hours.
         """
 
-        def work() -> None:
+        def work() -> bool:
             assert self.store is not None
+            if optional and not self.store.has_time:
+                return False
             try:
                 self.store.write(self.stage, step, state)
             except CheckpointError as error:
                 if self.store.empty:
                     raise
                 logger.warning("%s; training goes on", error)
+            return True
 
-        self.strategy.first(work)
+        return self.strategy.first(work)
 
     def latest(self) -> Any:
         """The last state that is not damaged; None if there is none.

@@ -204,11 +204,9 @@ class Layer:
         twin = layer.__new__(type(layer))
         twin.__dict__ = {**layer.__dict__, "_parameters": dict(layer._parameters)}
         if self.rule is None:
-            sizes_by_name = {"in_features": inputs[self.dim], "out_features": width}
+            vars(twin).update(in_features=inputs[self.dim], out_features=width)
         else:
-            channels = {"in_channels": inputs[self.dim], "out_channels": width}
-            sizes_by_name = {**channels, "groups": groups}
-        vars(twin).update(sizes_by_name)
+            vars(twin).update(in_channels=inputs[self.dim], out_channels=width, groups=groups)
 
         def prepare() -> Call:
             weights: dict[str, nn.Parameter | None] = dict.fromkeys(layer._parameters)

@@ -200,7 +200,7 @@ class RecursiveTraining:
             for gate in self.gates[self.front :]:
                 gate.update()
             hardened = self._end_step(losses, strength, report)
-            safeguard.passed(milestone=hardened or self.step % per_epoch == 0)
+            safeguard.passed(milestone=self.step % per_epoch == 0, minor=hardened)
         self.strategy.synchronize(self.noisy)  # the statistics of BatchNorm
         if self.finished:
             return ""

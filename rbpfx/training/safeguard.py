@@ -39,6 +39,8 @@ SLOWER = 0.1
 class _Saved(NamedTuple):
     step: int
     state: Encoded
+    optional: bool = False
+    """Whether it may be kept in memory alone."""
 
 
 class Trained(Protocol):
@@ -104,8 +106,8 @@ class Safeguard:
         self._pending: _Saved | None = None
         self._group: list[Any] = []
         self._resume()
-        self._good = self._taken()
         self._saved = time.monotonic()
+        self._good = self._taken()
         if training.step == 0:
             self._write(self._good)
 
@@ -141,13 +143,15 @@ class Safeguard:
             self._write(self._good)
         return losses
 
-    def passed(self, milestone: bool) -> None:
+    def passed(self, milestone: bool, minor: bool = False) -> None:
         """Hear that all that belongs to a step is done.
 
         A training that has finished with a network that has no finite loss is set back instead.
 
         Args:
             milestone: Whether to save the state in any case.
+            minor: Whether to save it in memory in any case, and on disk if writing has taken
+                little of the time so far.
 
         Raises:
             DivergenceError: A fault that a good state and lower learning rates do not help.
@@ -161,9 +165,8 @@ class Safeguard:
         stop, due = self._wishes()
         if stop:
             self._stop()
-        elif milestone or due:
-            self._pending = self._taken()
-            self._saved = time.monotonic()
+        elif milestone or due or minor:
+            self._pending = self._taken()._replace(optional=not (milestone or due))
 
     def _still_finite(self) -> bool:
         finite = still_finite(self.stepper.model, self._group[-1], self.stepper.task)
@@ -228,8 +231,8 @@ class Safeguard:
         self.stepper.load_state_dict(state["stepper"])
 
     def _write(self, saved: _Saved) -> None:
-        if self.checkpoints is not None:
-            self.checkpoints.write(*saved)
+        if self.checkpoints is not None and self.checkpoints.write(*saved):
+            self._saved = time.monotonic()
 
     def _require_bounded(self, loss: float) -> None:
         if self._first_loss is None:

@@ -79,6 +79,17 @@ def plan_of(analysis: Analysis, widths: np.ndarray) -> PruningPlan:
 NETWORKS = ["functional", "encoder", "flattened", "resnet18", "mobilenet_v2", "regnet_y_400mf"]
 
 
+def test_a_layer_that_is_timed_has_the_attributes_of_its_kind() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    gm = trace(model, torch.zeros(2, 8))
+    analysis = analyze(gm)
+    (node,) = (n for n in gm.graph.nodes if n.target == "0")
+    (operator,) = Layer(analysis, node, node, gm, False).operators(np.array([5]))
+    twin = operator.prepare().func
+    assert (twin.in_features, twin.out_features) == (8, 5)
+    assert vars(twin).keys() == vars(model[0]).keys()
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("share", [0.3, 0.75, 1.0])
 def test_layers_have_the_shapes_of_the_emitted_network(name: str, share: float) -> None:
