@@ -210,31 +210,6 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)
 
 
-@dataclass(frozen=True)
-class Reached:
-    """What a target asked for and what the emitted network costs.
-
-    Attributes:
-        cost: What is limited: "macs", "params" or "latency".
-        asked: Share of the dense network's cost.
-        reached: Share that the emitted network has.
-    """
-
-    cost: str
-    asked: float
-    reached: float
-
-    def short(self) -> str:
-        """What was asked for, in a few words."""
-        return f"{self.asked:.1%} of the {COSTS[self.cost]}"
-
-    def __str__(self) -> str:
-        text = f"target: {self.asked:.1%} of the {COSTS[self.cost]}, reached {self.reached:.1%}"
-        if self.reached < 0.99 * self.asked and self.cost != "latency":
-            text += " (the widths are too coarse, or bound, to come nearer)"
-        return text
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
