@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from rbpfx.graph.copying import copy_model
 from rbpfx.graph.device import device_of
 from rbpfx.graph.examples import count_examples, first_examples
 from rbpfx.graph.groups import Analysis
+from rbpfx.graph.usercode import failing_line
 from rbpfx.graph.verification import difference
 from rbpfx.surroundings import seeded
 from rbpfx.training.task import (
@@ -205,7 +204,7 @@ def require_free_batch(model: nn.Module, gm: nn.Module, inputs: ExampleInputs) -
                 cause = str(error).partition(" Capture it again")[0].rstrip(".")
                 raise InputError(
                     f"the {subject} runs on {examples} examples and not on {size}: its forward "
-                    f"fixes the batch size{_place(error)}: {cause}. Pruned "
+                    f"fixes the batch size{failing_line(error)}: {cause}. Pruned "
                     f"networks are verified and timed on {VERIFIED_EXAMPLES} and 1 examples; take "
                     "the batch size from the input, as in x.view(x.shape[0], -1), and put it in no "
                     "range(...) and no torch.Size(...)."
@@ -220,16 +219,6 @@ def _failure(network: nn.Module, inputs: ExampleInputs) -> Exception | None:
         except Exception as error:
             return error
     return None
-
-
-def _place(error: Exception) -> str:
-    """' at file:line `code`' of the deepest frame outside torch and this package, or ''."""
-    own = (str(Path(__file__).parent), torch.__path__[0], "<")
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not frame.filename.startswith(own)]
-    if not users:
-        return ""
-    return f" at {Path(users[-1].filename).name}:{users[-1].lineno} `{users[-1].line}`"
 
 
 def require_groups(analysis: Analysis) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from rbpfx.deployment.nodes import module_of
+from rbpfx.graph.calls import module_of
 
 _MODULES: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU,
@@ -50,7 +50,7 @@ def activation_of(gm: fx.GraphModule, node: fx.Node) -> Activation | None:
     """The activation that a node computes, in place or not; None if it is something else."""
     if len(node.all_input_nodes) != 1:
         return None
-    module = module_of(gm, node)
+    module = module_of(node, gm)
     if module is None and node.op in ("call_function", "call_method"):
         kind = _MODULES.get(node.target)
         options = {name: value for name, value in node.kwargs.items() if name != "input"}

@@ -15,9 +15,9 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from rbpfx.deployment.nodes import constant_of, copied, free_name, module_of, with_weights
+from rbpfx.deployment.nodes import constant_of, copied, free_name, with_weights
 from rbpfx.graph.aliasing import Memory
-from rbpfx.graph.calls import modifies_in_place
+from rbpfx.graph.calls import modifies_in_place, module_of
 from rbpfx.graph.tracer import FACTORIES
 
 _RANDOM = frozenset(
@@ -55,7 +55,7 @@ def fold_constants(gm: fx.GraphModule) -> None:
 
 def _is_pure(node: fx.Node, gm: fx.GraphModule) -> bool:
     """Whether a node may be computed now: a function of its arguments, and of nothing else."""
-    module = module_of(gm, node)
+    module = module_of(node, gm)
     if module is not None:  # a parametrisation, say; those of users may do anything
         return type(module).__module__.startswith("torch.nn.")
     if node.op not in ("call_function", "call_method") or modifies_in_place(node, gm):
@@ -67,7 +67,7 @@ def _is_pure(node: fx.Node, gm: fx.GraphModule) -> bool:
 
 def _evaluate(gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
-    module = module_of(gm, node)
+    module = module_of(node, gm)
     with torch.no_grad():
         if module is not None:
             return module(*args, **kwargs)

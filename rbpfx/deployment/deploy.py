@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_leaves
 from rbpfx.deployment.constants import fold_constants, make_layers
 from rbpfx.deployment.folding import fold_affine
 from rbpfx.deployment.inplace import work_in_place
-from rbpfx.deployment.nodes import copied, module_calls, module_of
+from rbpfx.deployment.nodes import copied, module_calls
 from rbpfx.deployment.packing import PackedLayer, pack, unpack
 from rbpfx.deployment.specialize import specialize
 from rbpfx.errors import InputError, VerificationError
+from rbpfx.graph.calls import module_of
 from rbpfx.graph.capture import (
     ExampleInputs,
     bind_inputs,
@@ -341,7 +342,7 @@ def _is_floating(node: fx.Node) -> bool:
 def _lay_out(gm: fx.GraphModule) -> None:
     """Weights with the channels last; what is computed with them follows."""
     for node in module_calls(gm, nn.Conv2d, nn.ConvTranspose2d):
-        module = module_of(gm, node)
+        module = module_of(node, gm)
         assert module is not None
         module.to(memory_format=torch.channels_last)
 

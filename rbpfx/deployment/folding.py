@@ -21,11 +21,11 @@ from rbpfx.deployment.nodes import (
     LINEAR,
     are_alike,
     constant_of,
-    module_of,
     replace,
     set_module,
     with_weights,
 )
+from rbpfx.graph.calls import module_of
 
 _CONVOLUTIONS: dict[type, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _TRANSPOSED: dict[type, int] = {nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
@@ -64,7 +64,7 @@ def fold_affine(gm: fx.GraphModule) -> None:
         layer = None if affine is None else _layer_before(gm, affine)
         if affine is None or layer is None:
             continue
-        module = module_of(gm, layer)
+        module = module_of(layer, gm)
         assert module is not None
         set_module(gm, layer, _folded(module, affine.scale, affine.shift))
         replace(node, affine.source)
@@ -74,7 +74,7 @@ def _layer_before(gm: fx.GraphModule, affine: Affine) -> fx.Node | None:
     """The layer whose channels the affine map scales, if nobody else reads its result."""
     node, axis = affine.source, affine.axis
     while len(node.users) == 1:
-        module = module_of(gm, node)
+        module = module_of(node, gm)
         if module is not None:
             trailing = _AXES_AFTER_CHANNELS.get(type(module))
             if trailing is None:
@@ -106,7 +106,7 @@ def _permutation(node: fx.Node) -> list[int] | None:
 
 def _affine_of(gm: fx.GraphModule, node: fx.Node) -> Affine | None:
     """The affine map that a node is, if it is one."""
-    module = module_of(gm, node)
+    module = module_of(node, gm)
     if isinstance(module, _BATCH_NORMS) and type(module) in _BATCH_NORMS:
         statistics = (module.running_mean, module.running_var, module.weight, module.bias)
         return _batch_norm(node.all_input_nodes[0], *statistics, module.eps)

@@ -16,8 +16,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from rbpfx.deployment.activations import activation_of
-from rbpfx.deployment.nodes import are_alike, module_of
-from rbpfx.graph.calls import modifies_in_place
+from rbpfx.deployment.nodes import are_alike
+from rbpfx.graph.calls import modifies_in_place, module_of
 
 _ARITHMETIC: dict[Any, Any] = {
     **dict.fromkeys((operator.add, torch.add, "add"), operator.iadd),
@@ -66,7 +66,7 @@ class Sharing:
         if modifies_in_place(node, self._gm):
             return False
         if node.op == "call_module":
-            return isinstance(module_of(self._gm, node), self._layers) or self._is_activation(node)
+            return isinstance(module_of(node, self._gm), self._layers) or self._is_activation(node)
         return node.target in _NEW_MEMORY or node.target in _ARITHMETIC or self._is_activation(node)
 
     def _is_activation(self, node: fx.Node) -> bool:

@@ -8,22 +8,15 @@ from operator import attrgetter
 import torch
 from torch import Tensor, fx, nn
 
-from rbpfx.graph.calls import submodule
+from rbpfx.graph.calls import module_of, submodule
 
 LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
-
-def module_of(gm: fx.GraphModule, node: object) -> nn.Module | None:
-    """The module that a node calls, if it calls one."""
-    if not isinstance(node, fx.Node) or node.op != "call_module":
-        return None
-    return submodule(gm, str(node.target))
 
 
 def module_calls(gm: fx.GraphModule, *kinds: type[nn.Module]) -> Iterator[fx.Node]:
     """The calls of modules of exactly these classes, in order; the graph may change meanwhile."""
     for node in list(gm.graph.nodes):
-        if type(module_of(gm, node)) in kinds:
+        if type(module_of(node, gm)) in kinds:
             yield node
 
 

@@ -24,13 +24,12 @@ from rbpfx.deployment.nodes import (
     are_alike,
     copied,
     module_calls,
-    module_of,
     replace,
     set_module,
     with_weights,
 )
 from rbpfx.errors import InputError
-from rbpfx.graph.calls import modifies_in_place
+from rbpfx.graph.calls import modifies_in_place, module_of
 from rbpfx.latency.operators import Call, Operator, OperatorTimes, filled
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -178,7 +177,7 @@ def pack(gm: fx.GraphModule) -> None:
     """
     pairs = {}
     for node in module_calls(gm, *LINEAR, nn.Conv2d):
-        layer = module_of(gm, node)
+        layer = module_of(node, gm)
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and _can_pack(layer, node):
             packed = PackedLinear(layer) if isinstance(layer, nn.Linear) else PackedConv2d(layer)
             pairs[node] = (_operator(layer, layer, node), _operator(packed, layer, node), packed)
@@ -197,7 +196,7 @@ def pack(gm: fx.GraphModule) -> None:
 def unpack(gm: fx.GraphModule) -> None:
     """Undo `pack`; the graph is changed in place."""
     for node in module_calls(gm, PackedConv2d, PackedLinear):
-        packed = module_of(gm, node)
+        packed = module_of(node, gm)
         assert isinstance(packed, PackedLayer)
         set_module(gm, node, packed.plain())
         source, *others = cast(tuple[fx.Node, ...], node.args)
@@ -297,7 +296,7 @@ def _fuse_addition(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _fuse_activation(gm: fx.GraphModule, node: fx.Node) -> None:
-    user, packed = _only_user(node), module_of(gm, node)
+    user, packed = _only_user(node), module_of(node, gm)
     activation = None if user is None else activation_of(gm, user)
     fused = _FUSED if len(node.args) == 1 else _FUSED_AFTER_ADDITION
     if user is None or activation is None or activation.name not in fused:

@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from rbpfx.deployment.nodes import module_of, replace
+from rbpfx.deployment.nodes import replace
 from rbpfx.graph.aliasing import storages
-from rbpfx.graph.calls import modifies_in_place
+from rbpfx.graph.calls import modifies_in_place, module_of
 from rbpfx.graph.modes import TrainingMode, by_mode, evaluated_nodes, in_mode
 from rbpfx.graph.values import assume
 
@@ -72,7 +72,7 @@ def _choose_eval(gm: fx.GraphModule) -> None:
             if not training:
                 _call_in_place(node, str(name), (target, *args))
                 continue
-        elif isinstance(module_of(gm, node), TrainingMode):
+        elif isinstance(module_of(node, gm), TrainingMode):
             chosen = False
         else:
             continue
@@ -142,7 +142,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 def _drop_operators_without_effect(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if not node.all_input_nodes or not (
-            type(module_of(gm, node)) in _WITHOUT_EFFECT or _is_off(node) or _is_needless_copy(node)
+            type(module_of(node, gm)) in _WITHOUT_EFFECT or _is_off(node) or _is_needless_copy(node)
         ):
             continue
         replace(node, node.all_input_nodes[0])

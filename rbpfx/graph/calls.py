@@ -34,6 +34,13 @@ def submodule(root: nn.Module, target: str) -> nn.Module:
     return root
 
 
+def module_of(node: object, gm: fx.GraphModule) -> nn.Module | None:
+    """The module that a node calls; None for other nodes, and what is no node."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return submodule(gm, str(node.target))
+
+
 def modifies_in_place(node: fx.Node, root: nn.Module) -> bool:
     """Whether an operator changes its first argument.
 

@@ -9,13 +9,10 @@ node has the value of the example inputs in `node.meta["val"]` (fake tensors, no
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +32,7 @@ from rbpfx.graph.modes import merge_modes
 from rbpfx.graph.parts import capture_inside, captured_parts, note_examples
 from rbpfx.graph.regions import detach_regions
 from rbpfx.graph.tracer import GraphTracer, LeafModule, ValueTracer
+from rbpfx.graph.usercode import failing_line
 from rbpfx.graph.values import DependsOnValues
 from rbpfx.surroundings import usual_modes
 
@@ -363,7 +361,7 @@ def has_tensors(module: nn.Module) -> bool:
 
 
 def _explained(error: Exception, failed_in: Any, root: nn.Module) -> CaptureError:
-    place = _user_line(error)
+    place = failing_line(error)
     if failed_in is None:
         module = f"the forward of {type(root).__name__} itself"
     elif isinstance(failed_in, str):
@@ -382,17 +380,6 @@ def _explained(error: Exception, failed_in: Any, root: nn.Module) -> CaptureErro
     )
     cause = str(error).rstrip().rstrip(".") or type(error).__name__
     return CaptureError(f"cannot trace {module}{place}: {cause}. {remedy}")
-
-
-def _user_line(error: BaseException) -> str:
-    """' at file:line `code`' of the deepest frame outside torch and this package, or ''."""
-    own = (str(Path(__file__).parent), torch.__path__[0], contextlib.__file__)
-    frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not frame.filename.startswith(own)]
-    if not users:
-        return ""
-    frame = users[-1]
-    return f" at {frame.filename}:{frame.lineno} `{frame.line}`"
 
 
 __all__ = [

@@ -19,7 +19,7 @@ from rbpfx.errors import CaptureError
 from rbpfx.graph.aliasing import storages
 from rbpfx.graph.calls import modifies_in_place, submodule
 from rbpfx.graph.modes import in_mode
-from rbpfx.graph.values import line_of_user_code
+from rbpfx.graph.usercode import running_line
 from rbpfx.surroundings import autocasting
 
 _WITHOUT_GRADIENTS = "without_gradients"
@@ -44,7 +44,7 @@ class Surroundings:
             return
         if not self._autocast and autocasting():
             raise CaptureError(
-                f"the forward switches torch.autocast on (at {line_of_user_code()}), which a graph "
+                f"the forward switches torch.autocast on (at {running_line()}), which a graph "
                 "cannot hold. Take it out of the model and train in mixed precision with "
                 "Training(precision='bfloat16'), or keep the module whose forward does so whole "
                 "with leaf_modules=[...]."

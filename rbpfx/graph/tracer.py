@@ -45,13 +45,12 @@ from rbpfx.graph.patches import (
 )
 from rbpfx.graph.regions import Surroundings
 from rbpfx.graph.rules.base import python_functions, rule_of_function, rule_of_module
+from rbpfx.graph.usercode import is_user_code, running_line
 from rbpfx.graph.values import (
     DependsOnValues,
     GraphProxy,
     ValueProxy,
     assume,
-    is_user_code,
-    line_of_user_code,
     sizes_of_constants_kept,
     value_behind,
 )
@@ -308,7 +307,7 @@ class ValueTracer(GraphTracer):
 
     def guard(self, proxy: fx.Proxy, value: Any) -> Any:
         """Note that the trace depends on a value; returns it."""
-        self._guard_node(proxy.node, value, line_of_user_code())
+        self._guard_node(proxy.node, value, running_line())
         return value
 
     def _guard_node(self, node: fx.Node, value: Any, where: str) -> None:
@@ -320,7 +319,7 @@ class ValueTracer(GraphTracer):
 
     def convert(self, frame: FrameType) -> None:
         """A frame makes a number of a size, which would fix it; may raise to trace anew."""
-        if is_user_code(frame):
+        if is_user_code(frame.f_code.co_filename):
             self._convert(frame)
 
     def to_bool(self, obj: fx.Proxy) -> bool:

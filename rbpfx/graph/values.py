@@ -8,14 +8,11 @@ answer would be another one raises `GuardError` instead of running the wrong bra
 
 from __future__ import annotations
 
-import linecache
 import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy
@@ -300,17 +297,3 @@ def _proxy_among(value: Any) -> ValueProxy | None:
 def value_behind(proxy: fx.Proxy) -> Any:
     """The value that the example inputs give a proxy."""
     return proxy.node.meta["val"]
-
-
-def is_user_code(frame: FrameType) -> bool:
-    """Whether a frame runs code from outside torch and this package."""
-    return not frame.f_code.co_filename.startswith((str(Path(__file__).parent), torch.__path__[0]))
-
-
-def line_of_user_code() -> str:
-    """'file:line `code`' of the innermost frame outside torch and this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and not is_user_code(frame):
-        frame = frame.f_back
-    path, line = frame.f_code.co_filename, frame.f_lineno
-    return f"{Path(path).name}:{line} `{linecache.getline(path, line).strip()}`"

@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rbpfx.bars import steps
+from rbpfx.graph.calls import module_of
 from rbpfx.graph.capture import ExampleInputs, note_inputs
 from rbpfx.graph.copying import copy_model
 from rbpfx.graph.device import device_of
 from rbpfx.graph.groups import Analysis
 from rbpfx.graph.modes import evaluated_nodes
 from rbpfx.graph.parts import captured_parts
-from rbpfx.graph.rules.base import module_of
 from rbpfx.graph.slicing import rewrite
 from rbpfx.latency.knapsack import Scope, Table
 from rbpfx.latency.nodes import Layer, Mover, Node, Widths, is_layer, operator_of

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from rbpfx.errors import RuleError
-from rbpfx.graph.calls import submodule
+from rbpfx.graph.calls import module_of, submodule
 
 if TYPE_CHECKING:
     from rbpfx.graph.operands import Labels
@@ -191,11 +191,6 @@ def tensor_input(node: fx.Node) -> fx.Node:
     source = node.args[0] if node.args else node.kwargs["input"]
     assert isinstance(source, fx.Node)
     return source
-
-
-def module_of(node: fx.Node, gm: fx.GraphModule) -> nn.Module | None:
-    """The module that a `call_module` node calls; None for functions and methods."""
-    return submodule(gm, str(node.target)) if node.op == "call_module" else None
 
 
 def setting(node: fx.Node, gm: fx.GraphModule, position: int, name: str, default: Any) -> Any:

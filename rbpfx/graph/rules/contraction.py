@@ -20,13 +20,13 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from rbpfx.graph.calls import module_of
 from rbpfx.graph.operands import Labels, Operand, Read
 from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Block, Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
-    module_of,
     register,
     shape_of,
     tensor_input,

@@ -12,13 +12,13 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torchvision import ops  # noqa: F401  (loads the operators of torchvision)
 
+from rbpfx.graph.calls import module_of
 from rbpfx.graph.operands import Labels, Operand
 from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Atoms, Block, Label
 from rbpfx.graph.rules.base import (
     Rule,
     asks_for_examples,
-    module_of,
     register,
     set_argument,
     setting,

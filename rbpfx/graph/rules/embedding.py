@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import fx, nn
 from torch.nn import functional as F
 
+from rbpfx.graph.calls import module_of
 from rbpfx.graph.operands import Labels
 from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Block, Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
-    module_of,
     register,
     setting,
     shape_of,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
+from rbpfx.graph.calls import module_of
 from rbpfx.graph.operands import Labels
 from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.provenance import Block, Label
-from rbpfx.graph.rules.base import Rule, module_of, tensor_input
+from rbpfx.graph.rules.base import Rule, tensor_input
 from rbpfx.graph.slicing import Slicing
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from rbpfx.graph.calls import module_of
 from rbpfx.graph.operands import Labels
 from rbpfx.graph.propagation import Propagation, unfollowed
 from rbpfx.graph.provenance import Atoms, Block, Keep, Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
-    module_of,
     register,
     set_argument,
     setting,

@@ -7,10 +7,11 @@ from math import prod
 from torch import fx, nn
 from torch.nn import functional as F
 
+from rbpfx.graph.calls import module_of
 from rbpfx.graph.operands import Labels
 from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Block, Label
-from rbpfx.graph.rules.base import Rule, module_of, register, shape_of, tensor_input
+from rbpfx.graph.rules.base import Rule, register, shape_of, tensor_input
 from rbpfx.graph.slicing import Slicing
 
 

@@ -18,14 +18,13 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 from rbpfx.graph import exact_norms
-from rbpfx.graph.calls import call_leaf
+from rbpfx.graph.calls import call_leaf, module_of
 from rbpfx.graph.operands import Labels
 from rbpfx.graph.propagation import Propagation
 from rbpfx.graph.provenance import Atoms, Block, Label
 from rbpfx.graph.rules.base import (
     Rule,
     argument,
-    module_of,
     register,
     set_argument,
     setting,

@@ -6,10 +6,10 @@ from math import prod
 
 from torch import fx, nn
 
-from rbpfx.graph.calls import submodule
+from rbpfx.graph.calls import module_of, submodule
 from rbpfx.graph.operands import Labels
 from rbpfx.graph.propagation import Propagation, unfollowed
-from rbpfx.graph.rules.base import Rule, module_of, register, shape_of, tensor_input
+from rbpfx.graph.rules.base import Rule, register, shape_of, tensor_input
 from rbpfx.graph.slicing import Slicing
 
 _INPUT_WEIGHTS = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
