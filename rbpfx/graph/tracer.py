@@ -9,24 +9,20 @@ threads pass through untouched, and traces wait for each other.
 from __future__ import annotations
 
 import inspect
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import FrameType, FunctionType
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
 import torchvision.ops
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -34,7 +30,7 @@ from rbpfx.graph.calls import call_leaf
 from rbpfx.graph.decompositions import DECOMPOSITIONS
 from rbpfx.graph.draws import RecordedDraws, certain, is_draw, other_draws_refused
 from rbpfx.graph.lazy import forget_marked
-from rbpfx.graph.metadata import compute
+from rbpfx.graph.nodevalues import NodeValues
 from rbpfx.graph.patches import (
     attributes_kept,
     custom_autograd_functions_refused,
@@ -47,7 +43,6 @@ from rbpfx.graph.regions import Surroundings
 from rbpfx.graph.rules.base import python_functions, rule_of_function, rule_of_module
 from rbpfx.graph.usercode import is_user_code, running_line
 from rbpfx.graph.values import (
-    DependsOnValues,
     GraphProxy,
     ValueProxy,
     assume,
@@ -57,7 +52,6 @@ from rbpfx.graph.values import (
 
 LeafModule = type[nn.Module] | str
 _LOCK = threading.RLock()
-_LOOKAHEAD = 64
 _MODE = frozenset({"train", "eval"})
 
 # Functions that take sizes but no tensor: torch asks a proxy among their arguments for its number,
@@ -153,7 +147,7 @@ class ValueTracer(GraphTracer):
         self.depends_on_mode = False
         self._convert = convert
         self._surroundings = Surroundings()
-        self._values = _Values(self, reference)
+        self._values = NodeValues(self, reference)
         self._guarded: set[tuple[fx.Node, str]] = set()
         self._thread = threading.get_ident()
 
@@ -337,53 +331,6 @@ class ValueTracer(GraphTracer):
     def keys(self, obj: fx.Proxy) -> Any:
         """The example's keys."""
         return value_behind(obj).keys()
-
-
-class _Values:
-    """Computes the values of nodes, or takes them from a reference trace."""
-
-    def __init__(self, tracer: ValueTracer, reference: fx.Graph | None) -> None:
-        self.tracer = tracer
-        self.computing = False
-        self._reference = list(reference.nodes) if reference is not None else []
-        self._position = 0
-        self._twins: dict[fx.Node, fx.Node] = {}
-
-    def of(self, node: fx.Node) -> Any:
-        """The example value of a new node."""
-        twin = self._twin(node)
-        if twin is not None:
-            self._twins[node] = twin
-            return twin.meta["val"]
-        if node.op == "placeholder":
-            return self.tracer.supplied[str(node.target)]
-        self.computing = True
-        try:
-            return compute(node, self.tracer.root, self.tracer.mode)
-        except DynamicOutputShapeException as error:
-            what = f"the size of the result of {error.func} depends on data"
-            raise DependsOnValues(what) from error
-        except DataDependentOutputException as error:
-            raise DependsOnValues(f"{error.func} takes values out of a tensor") from error
-        finally:
-            self.computing = False
-
-    def _twin(self, node: fx.Node) -> fx.Node | None:
-        """The node of the reference that does the same on the same values."""
-        window = itertools.islice(self._reference, self._position, self._position + _LOOKAHEAD)
-        for offset, other in enumerate(window):
-            if (
-                other.op == node.op
-                and other.target == node.target
-                and self._mapped(node.args) == other.args
-                and self._mapped(node.kwargs) == other.kwargs
-            ):
-                self._position += offset + 1
-                return cast(fx.Node, other)
-        return None
-
-    def _mapped(self, args: Any) -> Any:
-        return map_arg(args, lambda n: self._twins.get(n, n)) if args else args
 
 
 def _positional(signature: inspect.Signature, names: list[str]) -> list[str]:
