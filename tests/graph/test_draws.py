@@ -157,7 +157,7 @@ def test_a_replaced_buffer_is_never_lost(data: bool) -> None:
         assert difference(model.train()(X), gm(X)) < 1e-6
     torch.testing.assert_close(gm.state_dict()["1.mean"], model.state_dict()["1.mean"])
     assert float(gm.state_dict()["1.mean"].abs().max()) > 0
-    with pytest.raises(CaptureError, match="copy_"):
+    with pytest.raises(CaptureError, match=r"copy_|cannot assign"):  # the latter torch 2.8 says
         trace(Replacing(data), X)
 
 
@@ -178,6 +178,10 @@ class Moved(nn.Module):
 
 
 def test_a_buffer_that_is_moved_to_where_it_is_stays() -> None:
+    try:
+        Moved().scale = fx.Proxy(fx.Graph().placeholder("x"))
+    except TypeError:
+        pytest.skip("this torch takes no proxy for a buffer")
     assert isinstance(trace(Moved(), X), fx.GraphModule)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests.graph.rules.micro import check_operator
 
@@ -45,6 +46,12 @@ NORMS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
 
 @pytest.mark.parametrize("name", STATISTICS)
 def test_law_of_order_statistics(name: str) -> None:
+    if "quantile" in name:
+        with FakeTensorMode():
+            try:
+                torch.ones(2).quantile(0.5)
+            except DataDependentOutputException:
+                pytest.skip("this torch looks at the values to compute a quantile's shape")
     torch.manual_seed(0)
     operator, units = STATISTICS[name]
     check_operator(operator, units)
