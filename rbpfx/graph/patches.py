@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import _symbolic_trace
 from torch.nn import functional as F
@@ -77,7 +78,8 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
 def replaced_state_refused(mode: FakeTensorMode, *modules: nn.Module) -> Iterator[None]:
     """Make `self.mean = 0.9 * self.mean + ...` of a buffer an error: a graph cannot replace it.
 
-    A buffer that is moved to where it is already stays what it is.
+    A buffer that is moved to where it is already stays what it is, and one that holds what follows
+    from sizes alone (a table of positions) is a cache, which the graph does without.
 
     Args:
         mode: The mode of the fake tensors.
@@ -91,11 +93,29 @@ def replaced_state_refused(mode: FakeTensorMode, *modules: nn.Module) -> Iterato
             new: Any = after.get(name)
             if tensor is None or type(new) is not ValueProxy:
                 continue
-            if storages(new.node) != [mode.from_tensor(tensor).untyped_storage()._cdata]:
+            same = storages(new.node) == [mode.from_tensor(tensor).untyped_storage()._cdata]
+            if not same and _depends_on_data(new.node):
                 raise Untraceable(
                     f"it replaces its buffer {name!r}, which a graph cannot do; write into it: "
                     f"self.{name}.copy_(...)"
                 )
+
+
+def _depends_on_data(node: fx.Node) -> bool:
+    """Whether a value follows from an input, a parameter or a buffer, and not only from sizes."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node in seen or not storages(node):
+            continue  # a size holds no memory
+        seen.add(node)
+        is_constant = str(node.target).startswith(CONSTANT)
+        if node.op == "placeholder" or (node.op == "get_attr" and not is_constant):
+            return True
+        written = (user for user in node.users if user.target is operator.setitem)
+        waiting.extend(n for source in (node, *written) for n in source.all_input_nodes)
+    return False
 
 
 @contextmanager

@@ -177,12 +177,43 @@ class Moved(nn.Module):
         return y
 
 
-def test_a_buffer_that_is_moved_to_where_it_is_stays() -> None:
+def _require_proxies_for_buffers() -> None:
     try:
         Moved().scale = fx.Proxy(fx.Graph().placeholder("x"))
     except TypeError:
         pytest.skip("this torch takes no proxy for a buffer")
+
+
+def test_a_buffer_that_is_moved_to_where_it_is_stays() -> None:
+    _require_proxies_for_buffers()
     assert isinstance(trace(Moved(), X), fx.GraphModule)
+
+
+class Table(nn.Module):
+    """Keeps a table that follows from the number of positions."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("table", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[0] != x.shape[0]:
+            places = torch.zeros(x.shape[0], 1)
+            places[:, 0] = torch.arange(x.shape[0]) / 10
+            self.table = places
+        y: Tensor = self.layer(x) + self.table
+        return y
+
+
+def test_a_table_of_positions_is_a_cache() -> None:
+    _require_proxies_for_buffers()
+    model = Table()
+    gm = trace(copy.deepcopy(model), X)
+    assert isinstance(gm, fx.GraphModule)
+    assert difference(model(X), gm(X)) < 1e-6
 
 
 class Counting(nn.Module):
