@@ -205,7 +205,8 @@ def check_multipliers(compiled: Compiled, inputs: Inputs, seed: int) -> None:
     arguments = (compiled.gm, compiled.analysis, compiled.plan)
     masked = apply_mask(*arguments, multipliers=multipliers)
     sliced = rewrite(*arguments, multipliers=multipliers)
-    assert_close(run(masked, inputs), run(sliced, inputs), "multipliers")
+    # An output that is nearly constant over the batch is rounding once a BatchNorm has scaled it.
+    assert_close(run(masked, inputs), run(sliced, inputs), "multipliers", joint=True)
 
 
 def check_identity(compiled: Compiled, inputs: Inputs, seed: int = 0) -> None:
