@@ -89,7 +89,9 @@ def sampling(b: Builder, x: int) -> int | None:
         return F.grid_sample(v, getattr(m, grid)[: v.shape[0]], align_corners=False)
 
     def aligned(m: Any, v: Any) -> Any:
-        rows = torch.ops.torchvision.roi_align(v, getattr(m, boxes), 1.0, 2, 2, 1, False)
+        rows = torch.ops.torchvision.roi_align(
+            v, getattr(m, boxes)[: v.shape[0]], 1.0, 2, 2, 1, False
+        )
         return rows * v.mean((2, 3), keepdim=True)[:1]
 
     if b.rng.random() < 0.5:
