@@ -68,7 +68,8 @@ def check_same(model: nn.Module, gm: nn.Module, *inputs: Tensor) -> None:
             results.append(network(*(x.clone() for x in inputs)))
         assert_close(*results, "outputs", tolerance=SAME)
         expected, actual = (network.state_dict() for network in networks)
-        assert expected.keys() == actual.keys()
+        # With torch 2.8 constants of a program show up as state.
+        assert expected.keys() == {n for n in actual if not n.startswith("lifted_tensor")}
         for name, tensor in expected.items():
             assert torch.equal(tensor, actual[name]), name
 
